@@ -1,0 +1,30 @@
+# Every target sets up .venv by itself the first time, and again when the pins change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench gpu-check
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## Train a small hybrid on real text, generate, compare with full attention, write a report.
+	$(BIN)/kimi-linear demo
+
+test: $(STAMP)  ## Run the test suite.
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## Format, lint, types, import direction.
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/architecture
+
+bench: $(STAMP)  ## Measure the operators, after their tests, beside other packages.
+	$(BIN)/python benchmarks/run.py
+
+gpu-check: $(STAMP)  ## Run the operator contracts on a GPU; says so and stops where there is none.
+	$(BIN)/python benchmarks/gpu_check.py

@@ -1,0 +1,61 @@
+"""Frozen dataclasses to and from plain dictionaries. Unknown keys are errors that name the nearest known one.
+
+Configs are keyword-only frozen dataclasses of plain values, tuples, dicts and other configs. Nothing here imports
+torch, so reading or writing a config costs no start-up time and needs no GPU.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kimi_linear.base.errors import ConfigError
+from kimi_linear.base.registry import unknown_name
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> Any:
+    """Return a config as nested plain dictionaries and lists, ready for JSON."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def check_keys(cls: type, given: dict[str, Any], where: str) -> None:
+    """Raise ConfigError for the first key of `given` that is not a field of `cls`, or a field with no value."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} is {type(given).__name__}, expected an object with fields of {cls.__name__}.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in given:
+        if key not in fields:
+            raise ConfigError(f"{where}: {unknown_name('key', str(key), list(fields))}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in given:
+            raise ConfigError(f"{where}: key {name!r} is missing and has no default; add it.")
+
+
+def from_dict(cls: type[C], given: dict[str, Any], where: str = "config") -> C:
+    """Build a flat config of type `cls`; lists become tuples. Nested configs are built by their owners."""
+    check_keys(cls, given, where)
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file, or raise ConfigError with one sentence."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; give the path of a JSON file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+    return value

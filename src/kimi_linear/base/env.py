@@ -1,0 +1,48 @@
+"""Every environment variable this package reads, with its type, default and meaning."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kimi_linear.base.errors import ConfigError
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in {"1", "true", "yes", "on"}:
+        return True
+    if text.lower() in {"0", "false", "no", "off", ""}:
+        return False
+    raise ValueError(text)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable."""
+
+    parse: Callable[[str], Any]
+    default: Any
+    expected: str
+    meaning: str
+
+
+VARIABLES: dict[str, Variable] = {
+    "KIMI_LINEAR_DEBUG": Variable(
+        _flag, False, "0 or 1", "check values too (log decay <= 0, finite inputs), at the price of a pass over them"
+    ),
+    "KIMI_LINEAR_BACKEND": Variable(
+        str, "", "a backend's name, or empty", "the backend every operator must use unless the call names one"
+    ),
+}
+
+
+def read(name: str) -> Any:
+    """Return the value of a variable of the table, parsed; a bad value is a ConfigError."""
+    variable = VARIABLES[name]
+    text = os.environ.get(name)
+    if text is None:
+        return variable.default
+    try:
+        return variable.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}, expected {variable.expected}: {variable.meaning}.") from error

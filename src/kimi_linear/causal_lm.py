@@ -1,0 +1,198 @@
+"""The model people use: the network, with loading, saving and generation on it."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Generator, Tensor
+
+from kimi_linear.base.config import check_keys
+from kimi_linear.base.errors import ConfigError
+from kimi_linear.checkpoint.configs import read_end_tokens
+from kimi_linear.checkpoint.hub import resolve
+from kimi_linear.checkpoint.load import load_checkpoint
+from kimi_linear.checkpoint.save import save_checkpoint
+from kimi_linear.inference import generate as generation
+from kimi_linear.inference.params import SamplingParams
+from kimi_linear.inference.prompts import PromptIds, pad_left, read_prompts
+from kimi_linear.inference.text import TokenDecoder
+from kimi_linear.models.kimi_linear.config import KimiLinearConfig
+from kimi_linear.models.kimi_linear.model import KimiLinearLM
+from kimi_linear.nn.state import Cache
+
+
+class KimiLinearForCausalLM(KimiLinearLM):
+    """A Kimi Linear language model that loads, saves and generates.
+
+    `end_token_ids` are the tokens at which generation stops by default: those of the configuration, and of the
+    checkpoint's generation_config.json.
+
+    Args:
+        config: The network.
+        generator: Source of the fresh weights; default: torch's global one.
+
+    Example:
+        >>> from kimi_linear import KimiLinearForCausalLM, preset
+        >>> model = KimiLinearForCausalLM(preset("tiny"))
+        >>> model.generate([[1, 2, 3]], max_new_tokens=5, temperature=0.0).shape
+        torch.Size([1, 8])
+    """
+
+    def __init__(self, config: KimiLinearConfig, *, generator: Generator | None = None) -> None:
+        super().__init__(config, generator=generator)
+        self.end_token_ids = generation.end_tokens(config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """Return the model of a checkpoint, in evaluation mode.
+
+        Args:
+            path: A checkpoint directory, or a hub name whose files are in the local cache; nothing is downloaded.
+            dtype: Of the weights, "bfloat16" for instance; default: as stored. Decay rates, gate biases and router
+                biases stay float32.
+            device: Where the weights go. Peak memory there is the model itself.
+
+        Raises:
+            CheckpointError: Nothing there, damaged, or not of a model this package has; says which file or tensor.
+            DtypeError: Not a dtype of weights.
+            DeviceError: No such device here.
+        """
+        directory = resolve(path)
+        end_token_ids = read_end_tokens(directory)
+        model = load_checkpoint(directory, cls, dtype=dtype, device=device)
+        model.end_token_ids = tuple(sorted({*model.end_token_ids, *end_token_ids}))
+        return model
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        max_shard_size: int | str = "5GB",
+        tokenizer_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Write a checkpoint directory in the released layout, whole or not at all.
+
+        A model that the released type can hold gets that type's configuration, so other tools load it; any other gets
+        our own. An existing checkpoint at `path` is replaced; the files beside its weights are carried along.
+
+        Args:
+            path: The directory to write: new, empty, or that of a checkpoint.
+            max_shard_size: Bytes of tensors in one file, as a number or as "5GB" or "500MiB".
+            tokenizer_file: A tokenizer.json to put beside the weights.
+
+        Raises:
+            CheckpointError: The path is none of these, or the disk is full or not writable; what was there before is
+                unchanged.
+            ConfigError: The shard size is not one.
+        """
+        save_checkpoint(
+            self.state_dict(),
+            self.config,
+            path,
+            max_shard_size=max_shard_size,
+            end_token_ids=self.end_token_ids,
+            tokenizer_file=tokenizer_file,
+        )
+
+    def generate(
+        self,
+        input_ids: PromptIds,
+        params: SamplingParams | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        tokenizer: TokenDecoder | None = None,
+        cache: Cache | None = None,
+        prefill_chunk: int | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Return the prompts with what was generated behind them.
+
+        Args:
+            input_ids: Prompts [B, T] or [T], or lists of tokens that may differ in length.
+            params: How to pick tokens; or give its fields here by name: max_new_tokens=64, temperature=0.7, seed=1.
+            attention_mask: [B, T], 1 at tokens and 0 at padding (left or right); only with a tensor of prompts.
+            tokenizer: Needed for stop strings.
+            cache: Continue from it, as `stream` of `kimi_linear.inference.generate` says.
+            prefill_chunk: Read the prompt in pieces of this many tokens, to bound memory.
+            **sampling: Fields of SamplingParams. stop_token_ids defaults to the model's `end_token_ids`.
+
+        Returns:
+            Token ids, [B, T + new], int64. The first T columns are input_ids as given (lists: padded on the left to
+            the longest); the new tokens follow, a stop token included, padded on the right where a row ended early.
+            Padding is the model's pad token, else its eos token, else 0.
+
+        Raises:
+            ConfigError: An unknown field, a value out of range, or a prompt that leaves no room in the context.
+            ShapeError: The prompts are not rows of tokens, or the mask does not fit.
+        """
+        output = generation.generate(
+            self,
+            input_ids,
+            self._sampling_params(params, sampling),
+            attention_mask=attention_mask,
+            tokenizer=tokenizer,
+            cache=cache,
+            prefill_chunk=prefill_chunk,
+        )
+        fill = next(token for token in (self.config.pad_token_id, self.config.eos_token_id, 0) if token is not None)
+        prompts = self._prompt_columns(input_ids, fill)
+        longest = max(len(row) for row in output.ids)
+        new = torch.tensor([[*row, *[fill] * (longest - len(row))] for row in output.ids], device=prompts.device)
+        return torch.cat([prompts, new], dim=1)
+
+    def stream(
+        self,
+        input_ids: PromptIds,
+        params: SamplingParams | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        tokenizer: TokenDecoder | None = None,
+        cache: Cache | None = None,
+        prefill_chunk: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[generation.TokenEvent]:
+        """Yield every new token as it is picked, with its text; arguments as for `generate`.
+
+        Example:
+            >>> from kimi_linear import KimiLinearForCausalLM, preset
+            >>> model = KimiLinearForCausalLM(preset("tiny"))
+            >>> [event.finish_reason for event in model.stream([[1, 2, 3]], max_new_tokens=2)]
+            [None, 'length']
+        """
+        return generation.stream(
+            self,
+            input_ids,
+            self._sampling_params(params, sampling),
+            attention_mask=attention_mask,
+            tokenizer=tokenizer,
+            cache=cache,
+            prefill_chunk=prefill_chunk,
+        )
+
+    def _sampling_params(self, params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
+        check_keys(SamplingParams, sampling, "generate")
+        if params is not None and sampling:
+            raise ConfigError(f"generate: params and {', '.join(sampling)} were both given; put them into params.")
+        params = params or SamplingParams(**sampling)
+        return params if params.stop_token_ids is not None else replace(params, stop_token_ids=self.end_token_ids)
+
+    def _prompt_columns(self, input_ids: PromptIds, fill: int) -> Tensor:
+        if isinstance(input_ids, Tensor):
+            return input_ids.reshape(-1, input_ids.shape[-1]).long()
+        rows = read_prompts(input_ids, None, self.config.vocab_size)
+        return pad_left(rows, fill)[0].to(self.head_weight.device)
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> KimiLinearForCausalLM:
+    """Return the model of a checkpoint: `KimiLinearForCausalLM.from_pretrained` under a shorter name."""
+    return KimiLinearForCausalLM.from_pretrained(path, dtype=dtype, device=device)

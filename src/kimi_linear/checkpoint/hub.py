@@ -1,0 +1,51 @@
+"""From what a user names to a directory: a path, or a hub name whose snapshot already lies in the local cache."""
+
+import os
+import re
+from pathlib import Path
+
+from kimi_linear.base.errors import CheckpointError
+
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+def resolve(path_or_name: str | os.PathLike[str]) -> Path:
+    """Return the directory of a checkpoint. Never uses the network.
+
+    Args:
+        path_or_name: A directory, or a name such as "moonshotai/Kimi-Linear-48B-A3B-Instruct" whose files
+            `hf download` has put into the cache (HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub).
+
+    Raises:
+        CheckpointError: Neither a directory nor in the cache.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file, expected the directory that holds config.json and the safetensors.")
+    name = str(path_or_name)
+    if not re.fullmatch(rf"{_PART}/{_PART}", name):
+        raise CheckpointError(f"{path} does not exist; give the directory of a saved model.")
+    snapshot = _snapshot(cache_directory() / f"models--{name.replace('/', '--')}")
+    if snapshot is None:
+        raise CheckpointError(
+            f"{name} is neither a directory nor in the cache {cache_directory()}; "
+            f"download it first (hf download {name}), or give a directory."
+        )
+    return snapshot
+
+
+def cache_directory() -> Path:
+    """Return where downloaded hub files lie, by the hub client's own variables."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+
+
+def _snapshot(repository: Path) -> Path | None:
+    reference = repository / "refs" / "main"
+    if not reference.is_file():
+        return None
+    revision = reference.read_text(encoding="utf-8", errors="replace").strip()
+    snapshot = repository / "snapshots" / revision
+    return snapshot if re.fullmatch(_PART, revision) and snapshot.is_dir() else None

@@ -1,0 +1,84 @@
+"""Does a checkpoint fit a model, and a module its configuration? By every name, shape and dtype, before any tensor."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kimi_linear.base.errors import CheckpointError
+from kimi_linear.checkpoint.reader import StoredTensor, list_names
+from kimi_linear.checkpoint.writer import DTYPE_NAMES
+from kimi_linear.models.kimi_linear.config import KimiLinearConfig
+from kimi_linear.models.kimi_linear.keys import release_tensors
+from kimi_linear.models.kimi_linear.state_dict import to_release
+
+_ROUTER_BIAS = "e_score_correction_bias"
+
+
+def release_views(state: Mapping[str, Tensor], config: KimiLinearConfig) -> dict[str, Tensor]:
+    """Return a module's tensors by release name, as views to read or to fill; nothing is copied.
+
+    Raises:
+        CheckpointError: The module lacks a tensor of its configuration, or has one that no checkpoint holds.
+    """
+    unknown = state.keys() - config.shapes().keys()
+    if unknown:
+        raise CheckpointError(
+            f"the model has tensors that its configuration does not ({list_names(unknown)}); "
+            "save the plain model, without wrappers or adapters."
+        )
+    return to_release(state, config)
+
+
+def narrow_router_biases(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors with each router bias in `dtype`, as the release has it, where that loses nothing.
+
+    A bias that training has moved by less than a step of `dtype` stays in float32: rounding it would change routing.
+    """
+    narrowed = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(_ROUTER_BIAS) and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            narrowed[name] = tensor.to(dtype)
+    return narrowed
+
+
+def check_fits(stored: Mapping[str, StoredTensor], config: KimiLinearConfig, directory: Path) -> list[str]:
+    """Check a checkpoint against its configuration; return the names of the tensors to load.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected, of another shape or not floating; lists the first ten each.
+    """
+    expected = {name: shape for name, (shape, _) in release_tensors(config).items()}
+    known = {name for name in stored if not _may_be_skipped(name)}
+    both = expected.keys() & known
+    shapes = [
+        f"{name} {list(stored[name].shape)} instead of {list(expected[name])}"
+        for name in both
+        if not _shape_fits(stored[name].shape, expected[name])
+    ]
+    dtypes = [f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in DTYPE_NAMES.values()]
+    problems = {
+        "missing": expected.keys() - known,
+        "unexpected": known - expected.keys(),
+        "of another shape": shapes,
+        f"of a dtype other than {', '.join(DTYPE_NAMES.values())}": dtypes,
+    }
+    found = [f"{len(names)} {what} ({list_names(names)})" for what, names in problems.items() if names]
+    if found:
+        raise CheckpointError(
+            f"{directory}: the tensors do not fit config.json: {'; '.join(found)}; "
+            "check that it is complete and of this model."
+        )
+    return sorted(both)
+
+
+def _may_be_skipped(name: str) -> bool:
+    """Return whether a name is one that other tools add and that this network has no use for."""
+    return name.endswith(".rotary_emb.inv_freq") or name.startswith("model.mtp.")
+
+
+def _shape_fits(given: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    # Both spellings of A_log ([1, 1, H, 1] and [H]) and of convolution weights ([D, 1, W] and [D, W]) are in use.
+    without_ones = tuple(size for size in expected if size != 1)
+    return given == expected or (len(expected) > 2 and given == without_ones)

@@ -1,0 +1,95 @@
+"""Load a model: build it without memory, check everything, then copy tensor by tensor from the mapped files."""
+
+import os
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kimi_linear.base.errors import DeviceError, DtypeError
+from kimi_linear.checkpoint.configs import read_model_json
+from kimi_linear.checkpoint.hub import resolve
+from kimi_linear.checkpoint.layout import check_fits, release_views
+from kimi_linear.checkpoint.reader import StoredTensor, open_shard, stored_tensors
+from kimi_linear.checkpoint.writer import DTYPE_NAMES
+from kimi_linear.models.kimi_linear.config import KimiLinearConfig
+from kimi_linear.models.kimi_linear.model import KimiLinearLM
+
+M = TypeVar("M", bound=KimiLinearLM)
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    build: Callable[[KimiLinearConfig], M],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> M:
+    """Return a model with the weights of a checkpoint, in evaluation mode.
+
+    Peak memory is the model itself: it is built on the meta device, and each tensor is copied from the mapped file to
+    its place. Decay rates, gate biases and router biases stay float32.
+
+    Args:
+        path: A checkpoint directory, or a hub name whose files are in the local cache. The network is never used.
+        build: The model's class.
+        dtype: Of the weights, "bfloat16" for instance; default: as stored.
+        device: Where the weights go.
+
+    Raises:
+        CheckpointError: Nothing there, damaged, or not of a model this package has; says which file or tensor.
+        DtypeError: Not a dtype of weights.
+        DeviceError: No such device here.
+    """
+    target = torch_dtype(dtype)
+    _check_device(device)
+    directory = resolve(path)
+    config = read_model_json(directory)
+    stored = stored_tensors(directory)
+    names = check_fits(stored, config, directory)
+    with torch.device("meta"):
+        model = build(config)
+    model.to(target or _stored_dtype(stored)).to_empty(device=device)
+    _fill(release_views(model.state_dict(), config), {name: stored[name].file for name in names})
+    return model.eval()
+
+
+def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return a dtype of weights from its name or itself, None for None.
+
+    Example:
+        >>> torch_dtype("bfloat16")
+        torch.bfloat16
+    """
+    if dtype is None or dtype in DTYPE_NAMES:
+        return dtype
+    if dtype not in _DTYPES:
+        raise DtypeError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}, or None for the stored one.")
+    return _DTYPES[dtype]
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        # torch raises an AssertionError for a device it was built without.
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DeviceError(f"device {str(device)!r} cannot be used here: {reason}.") from error
+
+
+def _stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+    name = stored["model.embed_tokens.weight"].dtype
+    return next(dtype for dtype, spelled in DTYPE_NAMES.items() if spelled == name)
+
+
+def _fill(views: Mapping[str, Tensor], files: Mapping[str, Path]) -> None:
+    """Copy every named tensor into its view, file by file; each file is unmapped before the next one."""
+    for path, names in groupby(sorted(files, key=lambda name: (files[name], name)), key=files.__getitem__):
+        with open_shard(path) as file:
+            for name in names:
+                views[name].copy_(file.get_tensor(name).reshape(views[name].shape))

@@ -1,0 +1,1 @@
+"""The command line: one file a command. A command reads its options, calls a recipe and prints."""

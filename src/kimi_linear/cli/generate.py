@@ -1,0 +1,54 @@
+"""`kimi-linear generate`."""
+
+import sys
+from pathlib import Path
+
+import typer
+
+from kimi_linear.base.errors import CheckpointError, ConfigError
+
+
+def generate(
+    model: str = typer.Argument(help="Checkpoint directory with a tokenizer.json, such as runs/demo/train/model."),
+    prompt: str | None = typer.Option(None, help="Text to continue; default: standard input."),
+    max_new_tokens: int = typer.Option(128, help="Most tokens generated."),
+    temperature: float = typer.Option(0.7, help="0 picks the most likely token."),
+    top_k: int | None = typer.Option(None, help="Keep the k most likely tokens."),
+    top_p: float = typer.Option(1.0, help="Keep the most likely tokens up to this probability."),
+    min_p: float = typer.Option(0.0, help="Drop tokens less likely than this times the most likely one."),
+    repetition_penalty: float = typer.Option(1.0, help="Above 1 avoids tokens already there."),
+    stop: list[str] = typer.Option([], help="Text that ends the output; may be given several times."),  # noqa: B008
+    seed: int | None = typer.Option(None, help="Same seed, same text."),
+    dtype: str | None = typer.Option(None, help="bfloat16, float32, ...; default: as stored."),
+    device: str = typer.Option("cpu", help="cpu, cuda, ..."),
+) -> None:
+    """Continue a text, printing it as it comes."""
+    text = sys.stdin.read() if prompt is None else prompt
+    if not text:
+        raise ConfigError("the prompt is empty; give --prompt or text on standard input.")
+    # Loading torch takes seconds; --help should not.
+    from kimi_linear.causal_lm import load_model
+    from kimi_linear.inference.params import SamplingParams
+    from kimi_linear.training.data import Tokenizer
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop),
+        seed=seed,
+    )
+    loaded = load_model(model, dtype=dtype, device=device)
+    if not (Path(model) / "tokenizer.json").exists():
+        raise CheckpointError(f"{model} has no tokenizer.json; put the model's tokenizer beside its weights.")
+    tokenizer = Tokenizer.load(model)
+    # Training documents begin with this token.
+    ids = [tokenizer.eos_id, *tokenizer.encode(text)]
+    typer.echo(text, nl=False)
+    for event in loaded.stream([ids], params, tokenizer=tokenizer):
+        typer.echo(event.text, nl=False)
+        sys.stdout.flush()
+    typer.echo()

@@ -1,0 +1,1 @@
+"""Generation: sampling, prefill and decode with a cache, streaming, stop handling."""

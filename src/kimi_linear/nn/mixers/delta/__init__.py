@@ -1,0 +1,1 @@
+"""What the delta-rule mixers share: sizes, projections, short convolutions, states. Not a mixer by itself."""

@@ -1,0 +1,1 @@
+"""Grouped-query softmax attention, with a sliding window if asked. See README.md here."""

@@ -1,0 +1,1 @@
+"""Multi-head latent attention, without positions unless asked. See README.md here."""

@@ -1,0 +1,25 @@
+"""Where an op meets the caller's autocast: inputs are cast at the entry, and the implementation runs without it.
+
+An op's implementation runs below the caller's autocast, which would otherwise change the dtypes of its matrix products
+behind its back and make the result disagree with the fake kernel.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors in the dtype of the active autocast, as for `torch.matmul`; unchanged where there is none.
+
+    Float64 stays: autocast leaves it alone everywhere.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Return a context in which matrix products keep the dtype they are given."""
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,250 @@
+"""The delta rule for many tokens, and for one token in place: check the call, choose a backend, run it."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kimi_linear.base import env
+from kimi_linear.base.errors import ConfigError, DtypeError, KimiLinearError, ShapeError
+from kimi_linear.ops.checks import (
+    describe_call,
+    expect_cu_seqlens,
+    expect_floating,
+    expect_integer,
+    expect_same_device,
+    expect_shape,
+)
+from kimi_linear.ops.delta_rule import chunk, decode, reference
+from kimi_linear.ops.delta_rule.layout import wide_dtype
+from kimi_linear.ops.registry import Backend, Call, define
+
+Read = Literal["post", "pre"]
+
+DELTA_RULE = define(
+    "delta_rule",
+    Backend("chunk", chunk.delta_rule_chunk, lambda call: [], "tiled chunks in plain PyTorch, any device"),
+    Backend("reference", reference.delta_rule_reference, lambda call: [], "token by token, for checking"),
+)
+DELTA_RULE_DECODE = define(
+    "delta_rule_decode",
+    Backend("chunk", decode.delta_rule_decode_chunk, decode.refuse_gradients, "batched products, in place"),
+    Backend("reference", decode.delta_rule_decode_reference, decode.refuse_gradients, "the recurrence, in place"),
+)
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    erase_key: Tensor | None,
+    write_value: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    read: Read = "post",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply the gated delta rule with a separate erase key and write value: the one recurrence of the family.
+
+        D_t = Diag(exp(log_decay_t))
+        S_t = (I - k_t erase_key_t^T) D_t S_{t-1} + k_t write_value_t^T               read="post"
+        S_t = D_t S_{t-1} - k_t (S_{t-1}^T erase_key_t)^T + k_t write_value_t^T       read="pre"
+        o_t = scale * S_t^T q_t
+
+    With erase_key = beta k and write_value = beta v this is Kimi Delta Attention, arXiv:2510.26692, Eq. 1 (chunked
+    form Eqs. 6-9); Gated DeltaNet, GDN-2, Comba, GLA and Mamba-2 are other choices of the inputs (see the fronts).
+
+    Args:
+        q: Queries, [B, T, H, K]. Normalised by the caller.
+        k: Keys, the direction written, [B, T, H, K].
+        erase_key: The direction read before the write, [B, T, H, K] or [B, T, HV, K]; None: nothing is erased.
+        write_value: What is written, [B, T, HV, V]; HV is a multiple of H; value head h reads key head h // (HV/H).
+        log_decay: Natural log of the decay, [B, T, HV, K], or [B, T, HV] for one decay a head. Every entry <= 0
+            (checked when KIMI_LINEAR_DEBUG is set); -1000 is fine.
+        scale: Factor on q. Default: K ** -0.5.
+        initial_state: [N, HV, K, V], float32 (float64 for float64 inputs). Default: zeros.
+        cu_seqlens: Token offsets of packed sequences, [N + 1], int32 or int64, first 0 and last T; needs B == 1. Empty
+            sequences are allowed and end in their initial state.
+        read: Whether the erase key reads the state after its decay ("post") or before ("pre").
+        backend: "chunk", "reference", or None for the best that supports the call.
+
+    Returns:
+        Output [B, T, HV, V] in the dtype of write_value, and the final states [N, HV, K, V] in float32.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: An argument disagrees; names it, what it is and what it should be.
+        BackendError: The named backend cannot run this call; lists every backend with its reasons.
+
+    Numerics: accumulates in float32 (float64 for float64 inputs); every exponent formed is <= 0.
+    Cost: about 3 T HV K V multiply-adds forward; memory O(T HV (K + V)) plus a tile of bounded size.
+
+    Example:
+        >>> import torch
+        >>> q = k = torch.nn.functional.normalize(torch.randn(1, 5, 2, 8), dim=-1)
+        >>> o, state = delta_rule(q, k, 0.5 * k, torch.randn(1, 5, 2, 4), -torch.rand(1, 5, 2, 8))
+        >>> o.shape, state.shape
+        (torch.Size([1, 5, 2, 4]), torch.Size([1, 2, 8, 4]))
+    """
+    check_inputs("delta_rule", q, k, erase_key, write_value, log_decay, initial_state, cu_seqlens)
+    check_read("delta_rule", read)
+    check_values("delta_rule", log_decay)
+    call = describe("delta_rule", q, k, erase_key, write_value, log_decay, initial_state, cu_seqlens, read)
+    run = DELTA_RULE.choose(call, backend).run
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    o, final_state = run(q, k, erase_key, write_value, log_decay, scale, initial_state, cu_seqlens, read)
+    return o, final_state
+
+
+def delta_rule_decode(
+    q: Tensor,
+    k: Tensor,
+    erase_key: Tensor | None,
+    write_value: Tensor,
+    log_decay: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    *,
+    scale: float | None = None,
+    read: Read = "post",
+    backend: str | None = None,
+) -> Tensor:
+    """Advance one token a sequence, in place, on a pool of states addressed by slot; see `delta_rule`.
+
+    Args:
+        q: Queries, [N, H, K].
+        k: Keys, [N, H, K].
+        erase_key: [N, H, K], [N, HV, K] or None.
+        write_value: [N, HV, V].
+        log_decay: [N, HV, K] or [N, HV].
+        pool: States, [S, HV, K, V], float32; the rows named by `slots` are overwritten, all others stay bit-identical.
+        slots: Row of the pool of each sequence, [N], int32 or int64, no row twice; -1: skip, its output is zero.
+        scale: Factor on q. Default: K ** -0.5.
+        read: As for `delta_rule`.
+        backend: "chunk", "reference", or None.
+
+    Returns:
+        Output [N, HV, V] in the dtype of write_value.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, BackendError: As for `delta_rule`; BackendError too when a gradient is
+            needed, because an update in place has none.
+
+    Cost: about 3 N HV K V multiply-adds; reads and writes each named state once or a few times, copies nothing.
+
+    Example:
+        >>> import torch
+        >>> k = torch.nn.functional.normalize(torch.randn(2, 1, 8), dim=-1)
+        >>> pool = torch.zeros(3, 1, 8, 4)
+        >>> o = delta_rule_decode(k, k, k, torch.randn(2, 1, 4), -torch.rand(2, 1, 8), pool, torch.tensor([2, 0]))
+        >>> o.shape
+        torch.Size([2, 1, 4])
+    """
+    op = "delta_rule_decode"
+    expect_shape(op, "q", q, (None, None, None), "N, H, K")
+    expect_shape(op, "pool", pool, (None, None, None, None), "S, HV, K, V")
+    expect_shape(op, "slots", slots, (q.shape[0],), "N")
+    expect_integer(op, "slots", slots)
+    q1, k1, z1, g1 = (x.unsqueeze(1) for x in (q, k, write_value, log_decay))
+    check_inputs(op, q1, k1, None if erase_key is None else erase_key.unsqueeze(1), z1, g1, None, None)
+    check_read(op, read)
+    HV, V = write_value.shape[1:]
+    expect_shape(op, "pool", pool, (None, HV, q.shape[-1], V), "S, HV, K, V")
+    expect_same_device(op, q=q, pool=pool, slots=slots)
+    check_state_dtype(op, "pool", pool, write_value)
+    call = describe_call(q, k, erase_key, write_value, log_decay, pool, sizes={"N": q.shape[0], "HV": HV})
+    run = DELTA_RULE_DECODE.choose(call, backend).run
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    o: Tensor = run(q, k, erase_key, write_value, log_decay, pool, slots, scale, read)
+    return o
+
+
+def check_read(op: str, read: str) -> None:
+    """Raise ConfigError unless the read convention is one of the two."""
+    if read not in ("post", "pre"):
+        raise ConfigError(f"{op}: read is {read!r}, expected 'post' (after the decay) or 'pre' (before it).")
+
+
+def check_inputs(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    erase_key: Tensor | None,
+    write_value: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise the error for the first argument whose shape, dtype or device disagrees with the others."""
+    expect_floating(op, q=q, k=k, erase_key=erase_key, write_value=write_value, log_decay=log_decay)
+    expect_shape(op, "q", q, (None, None, None, None), "B, T, H, K")
+    B, T, H, K = q.shape
+    expect_shape(op, "k", k, (B, T, H, K), "B, T, H, K")
+    expect_shape(op, "write_value", write_value, (B, T, None, None), "B, T, HV, V")
+    HV, V = write_value.shape[2:]
+    if H == 0 or HV % H:
+        raise ShapeError(f"{op}: HV is {HV} and H is {H}, expected HV to be a multiple of H.")
+    if erase_key is not None:
+        heads = H if erase_key.dim() == 4 and erase_key.shape[2] == H else HV
+        expect_shape(op, "erase_key", erase_key, (B, T, heads, K), "B, T, H or HV, K")
+    if log_decay.dim() == 3:
+        expect_shape(op, "log_decay", log_decay, (B, T, HV), "B, T, HV")
+    else:
+        expect_shape(op, "log_decay", log_decay, (B, T, HV, K), "B, T, HV, K; or [B, T, HV] for one decay a head")
+    expect_same_device(
+        op, q=q, k=k, erase_key=erase_key, write_value=write_value, log_decay=log_decay, initial_state=initial_state
+    )
+    N = B if cu_seqlens is None else expect_cu_seqlens(op, cu_seqlens, B, q.device)
+    if initial_state is not None:
+        expect_shape(op, "initial_state", initial_state, (N, HV, K, V), "N, HV, K, V")
+        check_state_dtype(op, "initial_state", initial_state, write_value)
+
+
+def check_state_dtype(op: str, name: str, state: Tensor, value: Tensor) -> None:
+    """Raise DtypeError unless a state is float32, or float64 beside float64 inputs."""
+    expected = wide_dtype(value.dtype)
+    if state.dtype != expected:
+        raise DtypeError(f"{op}: {name} is {state.dtype}, expected {expected}; states are never kept in less.")
+
+
+def check_values(op: str, log_decay: Tensor) -> None:
+    """Under KIMI_LINEAR_DEBUG, raise unless every log decay is <= 0; costs a pass over it and a device sync."""
+    if torch.compiler.is_compiling() or not env.read("KIMI_LINEAR_DEBUG"):
+        return
+    # NaN fails the comparison too.
+    if not bool((log_decay <= 0).all()):
+        raise KimiLinearError(
+            f"{op}: log_decay holds {float(log_decay.max())}, expected natural logs of decays, every one <= 0; "
+            "negate it, or take its log, if it holds rates or decays."
+        )
+
+
+def describe(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    erase_key: Tensor | None,
+    write_value: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    read: str,
+) -> Call:
+    """Describe a call to the registry."""
+    B, T, H, K = q.shape
+    HV, V = write_value.shape[2:]
+    features = [
+        name
+        for name, present in (
+            ("packed", cu_seqlens is not None),
+            ("scalar_decay", log_decay.dim() == 3),
+            ("no_erase", erase_key is None),
+            ("pre_read", read == "pre"),
+            ("initial_state", initial_state is not None),
+        )
+        if present
+    ]
+    sizes = {"B": B, "T": T, "H": H, "HV": HV, "K": K, "V": V}
+    tensors = (k, erase_key, write_value, log_decay, initial_state)
+    return describe_call(q, *tensors, sizes=sizes, features=features)

@@ -1,0 +1,317 @@
+"""The named members of the family: each forms the erase key, the write value and the decay, and calls `delta_rule`.
+
+Products with a gate are taken in float32 (float64 for float64 inputs) and handed on unrounded.
+"""
+
+from torch import Tensor
+
+from kimi_linear.base.errors import ShapeError
+from kimi_linear.ops.checks import expect_shape
+from kimi_linear.ops.delta_rule.api import Read, delta_rule, delta_rule_decode
+from kimi_linear.ops.delta_rule.layout import expand_heads, wide_dtype
+
+
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    """Return gate * x in the wide dtype, the heads of x expanded to the gate's; a gate a head gains a last axis."""
+    dtype, dim = wide_dtype(x.dtype), x.dim() - 2
+    gate = gate if gate.dim() == x.dim() else gate.unsqueeze(-1)
+    return expand_heads(x, gate.shape[dim], dim).to(dtype) * gate.to(dtype)
+
+
+def _write(op: str, k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return beta k and beta v, checked."""
+    expect_shape(op, "v", v, (*k.shape[:-2], None, None), "B, T, HV, V" if k.dim() == 4 else "N, HV, V")
+    expect_shape(op, "beta", beta, v.shape[:-1], "B, T, HV" if k.dim() == 4 else "N, HV")
+    if v.shape[-2] % max(1, k.shape[-2]):
+        raise ShapeError(f"{op}: HV is {v.shape[-2]} and H is {k.shape[-2]}, expected HV to be a multiple of H.")
+    return _gated(k, beta), _gated(v, beta)
+
+
+def _vector(op: str, log_decay: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check a decay per channel, and name the front for one decay a head."""
+    if log_decay.dim() == v.dim() - 1:
+        raise ShapeError(
+            f"{op}: log_decay is {list(log_decay.shape)}, expected {[*v.shape[:-1], k.shape[-1]]} (B, T, HV, K); for "
+            "one decay a head use gated_delta_rule."
+        )
+    expect_shape(op, "log_decay", log_decay, (*v.shape[:-1], k.shape[-1]), "B, T, HV, K")
+
+
+def _scalar(op: str, log_decay: Tensor, v: Tensor) -> None:
+    if log_decay.dim() == v.dim():
+        raise ShapeError(
+            f"{op}: log_decay is {list(log_decay.shape)}, expected {list(v.shape[:-1])} (B, T, HV); for a decay per "
+            "channel use kda or gdn2."
+        )
+    expect_shape(op, "log_decay", log_decay, v.shape[:-1], "B, T, HV")
+
+
+def kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply Kimi Delta Attention: the delta rule with a decay per key channel.
+
+        S_t = (I - beta_t k_t k_t^T) Diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T
+        o_t = scale * S_t^T q_t
+        Kimi Linear, arXiv:2510.26692, Eq. 1; here log_decay = log(alpha).
+
+    Args:
+        q: Queries, [B, T, H, K]. Normalised by the caller.
+        k: Keys, [B, T, H, K], unit L2 norm over K (unchecked: costs a pass).
+        v: Values, [B, T, HV, V]; HV must be a multiple of H.
+        log_decay: Natural log of the decay, [B, T, HV, K], every entry <= 0.
+        beta: Write strength, [B, T, HV], in (0, 1), or (0, 2) for negative eigenvalues.
+        scale, initial_state, cu_seqlens, backend: As for `delta_rule`.
+
+    Returns:
+        Output [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, BackendError: As for `delta_rule`.
+
+    Cost: that of `delta_rule`, and beta k and beta v in float32.
+
+    Example:
+        >>> import torch
+        >>> q, k = (torch.nn.functional.normalize(torch.randn(1, 5, 2, 8), dim=-1) for _ in range(2))
+        >>> o, state = kda(q, k, torch.randn(1, 5, 2, 8), -torch.rand(1, 5, 2, 8), torch.rand(1, 5, 2))
+        >>> state.shape
+        torch.Size([1, 2, 8, 8])
+    """
+    erase_key, write_value = _write("kda", k, v, beta)
+    _vector("kda", log_decay, k, v)
+    o, state = delta_rule(
+        q,
+        k,
+        erase_key,
+        write_value,
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    return o.to(v.dtype), state
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply the gated delta rule with one decay a head, log_decay [B, T, HV]; otherwise as `kda`.
+
+        S_t = exp(log_decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+        Gated DeltaNet, arXiv:2412.06464.
+
+    Example:
+        >>> import torch
+        >>> k = torch.nn.functional.normalize(torch.randn(1, 5, 2, 8), dim=-1)
+        >>> o, state = gated_delta_rule(k, k, torch.randn(1, 5, 4, 8), -torch.rand(1, 5, 4), torch.rand(1, 5, 4))
+        >>> o.shape
+        torch.Size([1, 5, 4, 8])
+    """
+    erase_key, write_value = _write("gated_delta_rule", k, v, beta)
+    _scalar("gated_delta_rule", log_decay, v)
+    o, state = delta_rule(
+        q,
+        k,
+        erase_key,
+        write_value,
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    return o.to(v.dtype), state
+
+
+def gated_delta_rule_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Advance `gated_delta_rule` (log_decay [N, HV]) or `kda` (log_decay [N, HV, K]) by one token, in place.
+
+    Args:
+        q: Queries, [N, H, K].
+        k: Keys, [N, H, K].
+        v: Values, [N, HV, V].
+        log_decay: [N, HV] or [N, HV, K].
+        beta: [N, HV].
+        pool: States, [S, HV, K, V], float32; updated in place.
+        slots: Row of the pool of each sequence, [N]; -1: skip, its output is zero.
+        scale: Factor on q. Default: K ** -0.5.
+        backend: As for `delta_rule_decode`.
+
+    Returns:
+        Output [N, HV, V] in the dtype of v.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, BackendError: As for `delta_rule_decode`.
+    """
+    erase_key, write_value = _write("gated_delta_rule_decode", k, v, beta)
+    o = delta_rule_decode(q, k, erase_key, write_value, log_decay, pool, slots, scale=scale, backend=backend)
+    return o.to(v.dtype)
+
+
+def gdn2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    erase_gate: Tensor,
+    write_gate: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply Gated DeltaNet-2: separate gates for what is erased and what is written.
+
+        S_t = (I - k_t (b_t * k_t)^T) Diag(exp(log_decay_t)) S_{t-1} + k_t (w_t * v_t)^T
+        Gated DeltaNet-2, arXiv:2605.22791.
+
+    Args:
+        q: Queries, [B, T, H, K].
+        k: Keys, [B, T, H, K], unit L2 norm over K.
+        v: Values, [B, T, HV, V].
+        log_decay: [B, T, HV, K], every entry <= 0.
+        erase_gate: b, [B, T, H, K] or [B, T, HV, K], in (0, 1).
+        write_gate: w, [B, T, HV, V], in (0, 1).
+        scale, initial_state, cu_seqlens, backend: As for `delta_rule`.
+
+    Returns:
+        Output [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32.
+    """
+    _vector("gdn2", log_decay, k, v)
+    expect_shape("gdn2", "write_gate", write_gate, v.shape, "B, T, HV, V")
+    heads = k.shape[2] if erase_gate.dim() == 4 and erase_gate.shape[2] == k.shape[2] else v.shape[2]
+    expect_shape("gdn2", "erase_gate", erase_gate, (*k.shape[:2], heads, k.shape[3]), "B, T, H or HV, K")
+    o, state = delta_rule(
+        q,
+        k,
+        _gated(k, erase_gate),
+        _gated(v, write_gate),
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    return o.to(v.dtype), state
+
+
+def comba(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    erase_strength: Tensor,
+    *,
+    read: Read = "pre",
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply Comba: the erase reads the state before its decay, with a strength of its own.
+
+        S_t = (alpha_t I - b_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T         read="pre", "SPLR"
+        Comba, arXiv:2506.02475. The output correction o = S^T (q - delta k) is the caller's: pass q - delta k as q.
+
+    Args:
+        q: Queries, [B, T, H, K], corrected by the caller.
+        k: Keys, [B, T, H, K], unit L2 norm over K.
+        v: Values, [B, T, HV, V].
+        log_decay: log alpha, [B, T, HV], every entry <= 0.
+        beta: Write strength, [B, T, HV].
+        erase_strength: b, [B, T, HV].
+        read: "pre", or "post" for the "IPLR" variant.
+        scale, initial_state, cu_seqlens, backend: As for `delta_rule`.
+
+    Returns:
+        Output [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32.
+    """
+    _, write_value = _write("comba", k, v, beta)
+    _scalar("comba", log_decay, v)
+    expect_shape("comba", "erase_strength", erase_strength, beta.shape, "B, T, HV")
+    o, state = delta_rule(
+        q,
+        k,
+        _gated(k, erase_strength),
+        write_value,
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        read=read,
+        backend=backend,
+    )
+    return o.to(v.dtype), state
+
+
+def ssd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply the recurrence that erases nothing: Mamba-2's SSD for a decay a head, GLA for a decay per channel.
+
+        S_t = Diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T,    o_t = scale * S_t^T q_t
+        Mamba-2, arXiv:2405.21060, with q = C, k = B, v = dt x, log_decay = dt A; scale 1.
+
+    Args:
+        q: C, [B, T, H, K].
+        k: B, [B, T, H, K].
+        v: dt x, [B, T, HV, V].
+        log_decay: dt A, [B, T, HV] or [B, T, HV, K], every entry <= 0.
+        scale: Factor on q. Default: 1.
+        initial_state, cu_seqlens, backend: As for `delta_rule`.
+
+    Returns:
+        Output [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32.
+    """
+    return delta_rule(
+        q,
+        k,
+        None,
+        v,
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )

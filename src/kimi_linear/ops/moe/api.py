@@ -1,0 +1,156 @@
+"""Mixture of experts: which experts a token goes to, and those experts' gated MLPs.
+
+Shape letters beside the usual: M tokens, k experts a token.
+"""
+
+import torch
+from torch import Tensor
+
+from kimi_linear.base.errors import ConfigError, ShapeError
+from kimi_linear.ops.autocast import cast_inputs
+from kimi_linear.ops.checks import (
+    describe_call,
+    expect_floating,
+    expect_integer,
+    expect_same_device,
+    expect_same_dtype,
+    expect_shape,
+)
+from kimi_linear.ops.moe import grouped
+from kimi_linear.ops.moe.reference import grouped_mlp_reference
+from kimi_linear.ops.moe.router import moe_route_reference
+from kimi_linear.ops.registry import Backend, Call, define
+
+ACTIVATIONS = ("sigmoid", "softmax")
+
+
+def _runs_all(call: Call) -> list[str]:
+    return []
+
+
+ROUTE = define("moe_route", Backend("reference", moe_route_reference, _runs_all, "scores, top-k, weights in float32"))
+GROUPED_MLP = define(
+    "grouped_mlp",
+    Backend("grouped", grouped.run, _runs_all, "tokens sorted by expert, three matrix products an expert"),
+    Backend("reference", grouped_mlp_reference, _runs_all, "every expert runs every token"),
+)
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor,
+    *,
+    top_k: int,
+    renormalize: bool = True,
+    scaling: float = 1.0,
+    activation: str = "sigmoid",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose `top_k` experts a token and their weights.
+
+        s = sigmoid(logits) or softmax(logits);   experts = top_k of s + bias
+        w = s[experts];   w <- w / (sum w + 1e-20) if renormalize;   w <- scaling * w
+        Kimi Linear 48B-A3B, arXiv:2510.26692; the bias is the auxiliary-loss-free one of arXiv:2408.15664, Eq. 3.
+
+    Args:
+        logits: Router logits, [M, E]; compute them in float32.
+        bias: Selection bias, [E], float32. It selects and never weighs, and gets no gradient.
+        top_k: Experts a token, 1 to E.
+        renormalize: Whether the weights of a token sum to `scaling`.
+        scaling: Multiplies the weights.
+        activation: "sigmoid" or "softmax".
+        backend: "reference" or None.
+
+    Returns:
+        weights [M, top_k], float32 (float64 for float64), differentiable in `logits` through the chosen scores; and
+        experts [M, top_k], int64, in falling order of s + bias (ties in any order).
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: An argument disagrees with the others; names it.
+        ConfigError: The activation is unknown.
+
+    Numerics: everything in float32 (float64 for float64).
+    Cost: a pass over [M, E] and a partial sort.
+
+    Example:
+        >>> import torch
+        >>> weights, experts = route(torch.randn(5, 8), torch.zeros(8), top_k=2)
+        >>> weights.sum(-1).allclose(torch.ones(5)), experts.shape
+        (True, torch.Size([5, 2]))
+    """
+    expect_shape("route", "logits", logits, [None, None], "M, E")
+    M, E = logits.shape
+    expect_shape("route", "bias", bias, [E], "E")
+    if not 1 <= top_k <= E:
+        raise ShapeError(f"route: top_k is {top_k}, expected 1 to {E}, the number of experts.")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"route: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}.")
+    expect_floating("route", logits=logits, bias=bias)
+    expect_same_device("route", logits=logits, bias=bias)
+    call = describe_call(logits, sizes={"M": M, "E": E, "k": top_k})
+    run = ROUTE.choose(call, backend).run
+    weights, experts = run(logits, bias.detach(), top_k, renormalize, float(scaling), activation)
+    return weights, experts
+
+
+def grouped_mlp(
+    x: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Run each token through its experts and add up what they say, weighted.
+
+        o_m = sum_j weights[m, j] * w2_e (silu(w1_e x_m) * (w3_e x_m)),   e = experts[m, j]
+
+    Args:
+        x: Tokens, [M, D]. M may be 0.
+        w1: Gate projections, [E, F, D].
+        w3: Up projections, [E, F, D].
+        w2: Down projections, [E, D, F].
+        weights: Weight of each choice, [M, k], from `route`; float32 or the dtype of x.
+        experts: The choices, [M, k], int64 or int32, in [0, E). An expert named twice by a token counts twice.
+        backend: "grouped", "reference", or None for the best that supports the call.
+
+    Returns:
+        [M, D] in the dtype of x (under autocast: in autocast's). A token's result does not depend on the other
+        tokens, up to the rounding of matrix products of another height.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: An argument disagrees with the others; names it. An expert outside
+            [0, E) is a ShapeError too, on the CPU; elsewhere only when KIMI_LINEAR_DEBUG is on.
+
+    Numerics: matrix products in the dtype of x, the gated activation and the weighted sum in float32 (float64 for
+        float64), the sum over slots in order. Experts without tokens get gradients of exactly zero.
+    Cost: 3 * M * k * D * F multiply-adds forward, twice that backward. "grouped" keeps 2 * M * k * F elements for the
+        backward, and holds M * k * D for the experts' outputs.
+
+    Example:
+        >>> import torch
+        >>> x, w = torch.randn(5, 8), torch.randn(4, 6, 8)
+        >>> weights, experts = route(torch.randn(5, 4), torch.zeros(4), top_k=2)
+        >>> grouped_mlp(x, w, w, w.mT, weights, experts).shape
+        torch.Size([5, 8])
+    """
+    op = "grouped_mlp"
+    x, w1, w3, w2 = cast_inputs(x, w1, w3, w2)
+    expect_shape(op, "x", x, [None, None], "M, D")
+    M, D = x.shape
+    expect_shape(op, "w1", w1, [None, None, D], "E, F, D")
+    E, width = w1.shape[:2]
+    expect_shape(op, "w3", w3, [E, width, D], "E, F, D")
+    expect_shape(op, "w2", w2, [E, D, width], "E, D, F")
+    expect_shape(op, "weights", weights, [M, None], "M, k")
+    expect_shape(op, "experts", experts, [M, weights.shape[1]], "M, k")
+    expect_floating(op, x=x, w1=w1, w3=w3, w2=w2, weights=weights)
+    expect_same_dtype(op, x=x, w1=w1, w3=w3, w2=w2)
+    expect_integer(op, "experts", experts)
+    expect_same_device(op, x=x, w1=w1, w3=w3, w2=w2, weights=weights, experts=experts)
+    sizes = {"M": M, "D": D, "E": E, "F": width, "k": weights.shape[1]}
+    call = describe_call(x, w1, w3, w2, weights, sizes=sizes)
+    o: Tensor = GROUPED_MLP.choose(call, backend).run(x, w1, w3, w2, weights, experts.to(torch.int64))
+    return o

@@ -1,0 +1,16 @@
+"""Checks of the chosen experts that need their values."""
+
+from torch import Tensor
+
+from kimi_linear.base import env
+from kimi_linear.base.errors import ShapeError
+
+
+def check_experts_values(experts: Tensor, E: int) -> None:
+    """Raise ShapeError for an expert outside [0, E). Off the CPU only when debugging: it would wait for the device."""
+    if experts.device.type != "cpu" and not env.read("KIMI_LINEAR_DEBUG"):
+        return
+    wrong = (experts < 0) | (experts >= E)
+    if wrong.any():
+        given = int(experts[wrong][0])
+        raise ShapeError(f"grouped_mlp: experts holds {given}, expected the index of an expert, 0 to {E - 1}.")

@@ -1,0 +1,1 @@
+"""Functions that put the pieces together into one run."""

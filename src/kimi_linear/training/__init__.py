@@ -1,0 +1,1 @@
+"""Training: data, optimisers, schedules, checkpoints and the loop that ties them together."""

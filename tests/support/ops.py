@@ -1,0 +1,187 @@
+"""What the tests of every operator share: a backend against the float64 reference, opcheck, compile, input hygiene.
+
+A call is a function and its keyword arguments, as an operator's specs.py draws them. The floating tensors among the
+arguments are what gradients are taken of.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kimi_linear.base.numerics import relative_error, tolerance
+from kimi_linear.ops.registry import OPS
+
+Arguments = dict[str, Any]
+Function = Callable[..., Any]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COTANGENT_SEED = 1234
+
+
+def backends(op: str) -> list[str]:
+    """Return the names of an operator's backends, for parametrising."""
+    return [backend.name for backend in OPS[op].backends]
+
+
+def is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def in_float64(arguments: Arguments) -> Arguments:
+    """Widen every floating tensor, so that a reference sees exactly the values that a backend sees."""
+    return {name: value.double() if is_floating(value) else value for name, value in arguments.items()}
+
+
+def as_outputs(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def cotangents(outputs: list[Tensor]) -> list[Tensor]:
+    """Draw one gradient an output, the same values for every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(COTANGENT_SEED)
+    draws = [torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in outputs]
+    return [draw.to(y) for draw, y in zip(draws, outputs, strict=True)]
+
+
+def run_with_gradients(
+    function: Function,
+    arguments: Arguments,
+    grad_outputs: list[Tensor] | None = None,
+    wanted: Collection[str] | None = None,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return the outputs and the gradient of every wanted argument (default: every floating one)."""
+    names = [name for name, value in arguments.items() if is_floating(value) and (wanted is None or name in wanted)]
+    leaves = {name: arguments[name].detach().requires_grad_() for name in names}
+    outputs = as_outputs(function(**{**arguments, **leaves}))
+    grads = grad_outputs or cotangents(outputs)
+    found = torch.autograd.grad(outputs, list(leaves.values()), [g.to(y) for g, y in zip(grads, outputs, strict=True)])
+    return [y.detach() for y in outputs], dict(zip(names, found, strict=True))
+
+
+def assert_matches_reference(
+    function: Function,
+    arguments: Arguments,
+    backend: str,
+    dtype: torch.dtype,
+    gate_gradients: Collection[str] = (),
+    wanted: Collection[str] | None = None,
+) -> None:
+    """Compare a backend's outputs and gradients with the float64 reference, by the tolerance table's row for `dtype`.
+
+    `gate_gradients` names the arguments whose gradients are sums of many cancelling terms. Checks the dtypes and shapes
+    of the gradients too.
+    """
+    with nan_in_new_memory():
+        outputs, grads = run_with_gradients(lambda **a: function(**a, backend=backend), arguments, wanted=wanted)
+    # The cotangents were rounded to the dtype of the outputs; the reference gets the rounded ones.
+    expected, expected_grads = run_with_gradients(
+        lambda **a: function(**a, backend="reference"), in_float64(arguments), cotangents(outputs), wanted
+    )
+    allowed = tolerance(dtype)
+    errors = {
+        f"output {i}": (relative_error(y, reference), allowed.output)
+        for i, (y, reference) in enumerate(zip(outputs, expected, strict=True))
+    }
+    for name, grad in grads.items():
+        bound = allowed.gate_gradient if name in gate_gradients else allowed.gradient
+        errors[f"gradient of {name}"] = (relative_error(grad, expected_grads[name]), bound)
+        assert grad.dtype == arguments[name].dtype, name
+        assert grad.shape == arguments[name].shape, name
+    assert {name: pair for name, pair in errors.items() if not pair[0] <= pair[1]} == {}
+
+
+@contextmanager
+def nan_in_new_memory() -> Iterator[None]:
+    """Fill every new tensor with NaN (integers: the greatest value), and refuse operations that vary between runs."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def assert_close(one: Tensor, other: Tensor) -> None:
+    """Compare two results that differ by the order of a few operations, by the output tolerance of their dtype."""
+    assert relative_error(one, other) <= tolerance(one.dtype).output
+
+
+def gradcheck(function: Function, arguments: Arguments) -> bool:
+    """Compare every gradient of a float64 call with finite differences."""
+    names = [name for name, value in arguments.items() if is_floating(value)]
+    leaves = tuple(arguments[name].detach().double().requires_grad_() for name in names)
+    return torch.autograd.gradcheck(
+        lambda *tensors: function(**{**arguments, **dict(zip(names, tensors, strict=True))}), leaves
+    )
+
+
+def assert_inputs_unchanged(function: Function, arguments: Arguments) -> None:
+    """Run forward and backward; no argument may hold another bit afterwards."""
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
+    run_with_gradients(function, arguments)
+    assert [name for name, value in before.items() if not torch.equal(value, arguments[name])] == []
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """Return the same values with other strides, surrounded by NaN (integers: by their least value)."""
+    filler = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
+    wide = torch.full((*(2 * size + 1 for size in tensor.shape),), filler, dtype=tensor.dtype, device=tensor.device)
+    view = wide[tuple(slice(1, 2 * size, 2) for size in tensor.shape)]
+    return view.copy_(tensor)
+
+
+def assert_strides_do_not_matter(function: Function, arguments: Arguments) -> None:
+    """Outputs and gradients are bit-identical for contiguous tensors and for strided ones with NaN between."""
+    other = {name: strided(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    assert_equal(run_with_gradients(function, arguments), run_with_gradients(function, other))
+
+
+def assert_equal(one: tuple[list[Tensor], dict[str, Tensor]], other: tuple[list[Tensor], dict[str, Tensor]]) -> None:
+    """Outputs and gradients agree bit for bit."""
+    different = [f"output {i}" for i, (x, y) in enumerate(zip(one[0], other[0], strict=True)) if not torch.equal(x, y)]
+    different += [f"gradient of {name}" for name in one[1] if not torch.equal(one[1][name], other[1][name])]
+    assert different == []
+
+
+def assert_runs_are_identical(function: Function, arguments: Arguments) -> None:
+    """Two runs agree bit for bit, gradients included."""
+    assert_equal(run_with_gradients(function, arguments), run_with_gradients(function, arguments))
+
+
+def assert_compiles_whole(function: Function, arguments: Arguments) -> None:
+    """The call compiles without a graph break and gives the same outputs and gradients as without the compiler."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_equal(run_with_gradients(function, arguments), run_with_gradients(compiled, arguments))
+
+
+def opcheck(op: Any, *args: Any, **kwargs: Any) -> None:
+    """Run torch's checks of a custom op: its schema, its autograd registration, its fake kernel, its tracing."""
+    torch.library.opcheck(op, args, kwargs)
+
+
+def requiring_grad(*values: Any) -> tuple[Any, ...]:
+    """Return the values with every floating tensor as a leaf that requires a gradient."""
+    return tuple(value.detach().requires_grad_() if is_floating(value) else value for value in values)
+
+
+class RecordCalls(TorchDispatchMode):
+    """Counts the calls into torch below custom ops, and the elements of the largest tensor any of them returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls += 1
+        tensors = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        self.largest = max(self.largest, *(x.numel() for x in tensors), 0)
+        return result
