@@ -10,7 +10,7 @@ from kimi_linear.base.errors import ConfigError
 
 
 def train(
-    run_dir: str = typer.Option("runs/train", help="Directory of the run; an unfinished run in it goes on."),
+    run_dir: str | None = typer.Option(None, help="Directory of the run (runs/train); an unfinished one goes on."),
     config: str | None = typer.Option(None, help="JSON file with a whole run configuration; flags go over it."),
     data: str | None = typer.Option(None, help='"sotu", or a .txt, .jsonl or .parquet file, or a directory of them.'),
     model: str | None = typer.Option(None, help="Preset: tiny, demo, 150m, 1b, ..., each also with -gdn and -mla."),
@@ -49,6 +49,7 @@ def train(
         "overrides": {"vocab_size": vocab_size},
     }
     plain = lay_flags(given, flags)
+    plain.setdefault("run_dir", "runs/train")
     if not {"max_steps", "max_minutes"} & plain.setdefault("train", {}).keys():
         raise ConfigError("train: --max-steps and --max-minutes are both missing; give at least one.")
     # Loading torch takes seconds; --help should not.

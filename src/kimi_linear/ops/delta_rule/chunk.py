@@ -48,8 +48,11 @@ from kimi_linear.ops.delta_rule.scores import (
 )
 
 CHUNK = 32
-# Rows of chunks (chunk x head) a tile holds: large enough to hide the cost of a call, small enough for the cache.
-TILE_ROWS = 32
+# Elements of one factor (rows x chunk x channels) a tile holds: large enough to hide the cost of a call, small enough
+# for the cache.
+TILE_ELEMENTS = 32 * 32 * 128
+# Rows (sequence x head) whose products run together at least, where there are as many.
+WAVE_ROWS = 8
 
 
 class Source(Protocol):
@@ -84,15 +87,20 @@ class Settings:
         return scalar_scores_backward if self.scalar else channel_scores_backward
 
 
-def plan(value: Tensor, cu_seqlens: Tensor | None) -> Iterable[Group]:
-    """Cut the tokens of value [B, T, HV, V] into groups and tiles."""
-    B, T, HV, _ = value.shape
-    rows = max(1, TILE_ROWS // HV)
-    if cu_seqlens is None:
-        return plan_dense(B, T, chunk_length(T, CHUNK), rows)
-    offsets = read_cu_seqlens(cu_seqlens, T)
-    longest = max((end - start for start, end in itertools.pairwise(offsets)), default=0)
-    return plan_packed(offsets, chunk_length(longest, CHUNK), rows, value.device) if longest else []
+def plan(source: Source, cu_seqlens: Tensor | None) -> Iterable[Group]:
+    """Cut the tokens of a source into groups and tiles."""
+    value = source.value
+    B, T, HV, V = value.shape
+    offsets = None if cu_seqlens is None else read_cu_seqlens(cu_seqlens, T)
+    longest = T if offsets is None else max(end - start for start, end in itertools.pairwise(offsets))
+    if longest == 0:
+        return []
+    chunk = chunk_length(longest, CHUNK)
+    rows = max(1, TILE_ELEMENTS // (chunk * max(source.key_dim, V) * HV))
+    least = -(-WAVE_ROWS // HV)
+    if offsets is None:
+        return plan_dense(B, T, chunk, rows, least)
+    return plan_packed(offsets, chunk, rows, least, value.device)
 
 
 def _waves(tile: Tile, heads: int) -> list[slice]:
@@ -157,7 +165,7 @@ def chunk_forward(
     if initial is not None:
         # Sequences without tokens end as they began.
         final.copy_(initial)
-    for group in plan(value, cu_seqlens):
+    for group in plan(source, cu_seqlens):
         state = _group_state(initial, group, _size(group), source)
         for tile in group.tiles:
             terms = source.load(tile)
@@ -241,7 +249,7 @@ def chunk_backward(
     dtype, HV = wide_dtype(value.dtype), value.shape[2]
     # Sequences without tokens pass their gradient through.
     d_initial = d_final.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    for group in plan(value, cu_seqlens):
+    for group in plan(source, cu_seqlens):
         d_state = d_initial[group.sequences].clone()
         starts = _tile_starts(source, settings, _group_state(initial, group, _size(group), source), group)
         for tile in reversed(group.tiles):

@@ -137,32 +137,45 @@ def chunk_length(longest: int, limit: int) -> int:
     return length
 
 
-def plan_dense(B: int, T: int, chunk: int, rows: int) -> Iterator[Group]:
-    """Cut B sequences of T tokens into groups and tiles of at most about `rows` chunks a tile (at least one)."""
-    n = max(1, min(B, rows))
-    step = max(1, rows // n) * chunk
-    for first in range(0, B, n):
+def group_size(chunks: int, rows: int, least: int) -> int:
+    """Return how many sequences of `chunks` chunks advance together in tiles of `rows` chunks.
+
+    As many as fit a tile whole, for a group of one tile needs no second sweep in the backward; but at least `least`, so
+    that the products of one wave keep the machine busy.
+    """
+    return max(1, min(rows, max(least, rows // max(1, chunks))))
+
+
+def plan_dense(B: int, T: int, chunk: int, rows: int, least: int) -> Iterator[Group]:
+    """Cut B sequences of T tokens into groups and tiles of at most `rows` chunks a tile (at least one)."""
+    n = min(B, group_size(-(-T // chunk), rows, least))
+    step = max(1, rows // max(1, n)) * chunk
+    for first in range(0, B, max(1, n)):
         last = min(first + n, B)
         tiles: list[Tile] = [DenseTile(first, last, start, min(start + step, T), chunk) for start in range(0, T, step)]
         yield Group(slice(first, last), tiles)
 
 
-def plan_packed(offsets: list[int], chunk: int, rows: int, device: torch.device) -> Iterator[Group]:
-    """Cut packed sequences into groups and tiles of at most about `rows` chunks a tile (at least one)."""
+def plan_packed(offsets: list[int], chunk: int, rows: int, least: int, device: torch.device) -> Iterator[Group]:
+    """Cut packed sequences into groups and tiles of at most `rows` chunks a tile (at least one)."""
     starts = torch.tensor(offsets[:-1])
     lengths = torch.tensor(offsets[1:]) - starts
     # Longest first, so that the sequences still active in a wave are a prefix of the group.
     order = torch.argsort(lengths, descending=True, stable=True)
+    chunks = -(-lengths // chunk)
     steps = torch.arange(chunk)
-    for first in range(0, len(order), max(1, rows)):
-        sequences = order[first : first + max(1, rows)]
-        chunks = -(-lengths[sequences] // chunk)
-        active = [int((chunks > wave).sum()) for wave in range(int(chunks[0]))]
+    first = 0
+    while first < len(order):
+        sequences = order[first : first + group_size(int(chunks[order[first]]), rows, least)]
+        first += len(sequences)
+        waves = int(chunks[sequences[0]])
+        active = (chunks[sequences][:, None] > torch.arange(waves)).sum(0).tolist()
         tiles: list[Tile] = []
         wave = 0
-        while wave < len(active):
-            end = wave + 1
-            while end < len(active) and sum(active[wave : end + 1]) <= rows:
+        while wave < waves:
+            end, held = wave + 1, active[wave]
+            while end < waves and held + active[end] <= rows:
+                held += active[end]
                 end += 1
             at = torch.cat([torch.full((active[w],), w * chunk) for w in range(wave, end)])
             who = torch.cat([sequences[: active[w]] for w in range(wave, end)])
