@@ -195,3 +195,21 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
         second.write_text("second")
     assert target.read_text() == "first"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_failing_last_rename_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    (target / "old").write_text("old")
+    rename = Path.rename
+
+    def refuse(self: Path, to: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError("no")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="no"), atomic_directory(target) as temporary:
+        (temporary / "new").write_text("new")
+    assert [file.name for file in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]

@@ -47,7 +47,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success flush its files and rename it to `path`.
 
-    An existing `path` is moved aside first and deleted once the new one is in place.
+    An existing `path` is moved aside first, and deleted once the new one is in place or moved back if that fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -59,12 +59,22 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 fsync_file(file)
         for folder in [temporary, *(f for f in sorted(temporary.rglob("*")) if f.is_dir())]:
             fsync_directory(folder)
-        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
+        _replace_directory(temporary, path)
         fsync_directory(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

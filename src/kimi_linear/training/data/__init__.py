@@ -1,7 +1,6 @@
 """From text to batches: sources, tokenizer, token shards, packed batches, and compressors to compare with."""
 
 from kimi_linear.training.data.batches import PackedBatch, PackedBatches
-from kimi_linear.training.data.byte_level import IncrementalDecoder
 from kimi_linear.training.data.compression import compressed_bits_per_byte
 from kimi_linear.training.data.corpus import Split, load_addresses
 from kimi_linear.training.data.prepare import prepare_shards
@@ -12,7 +11,6 @@ from kimi_linear.training.data.validation import ValidationBatches
 
 __all__ = [
     "EmptySplitError",
-    "IncrementalDecoder",
     "PackedBatch",
     "PackedBatches",
     "Split",

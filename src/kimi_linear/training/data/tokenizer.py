@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kimi_linear.base.errors import ConfigError, DataError
 from kimi_linear.base.files import atomic_file
-from kimi_linear.training.data.byte_level import IncrementalDecoder, byte_alphabet
+from kimi_linear.training.data.byte_level import byte_alphabet
 from kimi_linear.training.data.writing import explain_write_errors
 
 END_OF_TEXT = "<|endoftext|>"
@@ -196,8 +196,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Return the text of tokens; the exact inverse of `encode`.
 
-        A prefix of an encoded text may end inside a character, which then shows as U+FFFD; for text that grows token
-        by token use `decoder`.
+        A prefix of an encoded text may end inside a character, which then shows as U+FFFD.
 
         Raises:
             DataError: An id is not in the vocabulary.
@@ -209,10 +208,6 @@ class Tokenizer:
                 raise DataError(f"token id {id} is outside the vocabulary of {self.vocab_size}; it cannot be decoded.")
             spelled += table[id]
         return spelled.decode("utf-8", errors="replace")
-
-    def decoder(self, *, skip_special: bool = False) -> IncrementalDecoder:
-        """Return a decoder for tokens that arrive one at a time, which yields only whole characters."""
-        return IncrementalDecoder(self._table(skip_special))
 
     def _table(self, skip_special: bool) -> list[bytes]:
         return self._bytes_without_special if skip_special else self._bytes
