@@ -15,7 +15,7 @@ demo: $(STAMP)  ## Train a small hybrid on real text, generate, compare with ful
 	$(BIN)/kimi-linear demo
 
 test: $(STAMP)  ## Run the test suite.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: $(STAMP)  ## Format, lint, types, import direction.
 	$(BIN)/ruff format --check

@@ -17,6 +17,7 @@ from kimi_linear.base.errors import BackendError
 from kimi_linear.base.numerics import TOLERANCES, relative_error
 from kimi_linear.ops import OPS, kda
 
+DEVICE = "cuda"
 NO_GPU = "no GPU: torch.cuda is not available here, so nothing was checked."
 DTYPES = ("float32", "bfloat16")
 # Small enough for the reference, with a ragged last chunk and several heads.
@@ -26,11 +27,11 @@ SPEEDS = [Case(T, "bfloat16", backward, B=B, H=H) for B, T, H in SHAPES for back
 FLUSH_BYTES = 2**28
 
 
-def inputs_on(case: Case, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return a case's inputs on a device; decays are float32 or wider."""
+def inputs_on(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return a case's inputs on the GPU; decays are float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
     made = make_inputs(case).items()
-    return [x.to(device, wide if name == "log_decay" else dtype).requires_grad_(case.backward) for name, x in made]
+    return [x.to(DEVICE, wide if name == "log_decay" else dtype).requires_grad_(case.backward) for name, x in made]
 
 
 def call(inputs: list[torch.Tensor], backend: str, backward: bool) -> list[torch.Tensor]:
@@ -44,7 +45,7 @@ def call(inputs: list[torch.Tensor], backend: str, backward: bool) -> list[torch
 def check(case: Case, backend: str) -> str:
     """Compare a backend on the GPU with the float64 reference on the CPU; return what is wrong, or ""."""
     dtype = getattr(torch, case.dtype)
-    on_gpu = inputs_on(case, "cuda", dtype)
+    on_gpu = inputs_on(case, dtype)
     # The reference gets the values the GPU got, rounded as they were.
     wide = [x.detach().cpu().double().requires_grad_() for x in on_gpu]
     expected = call(wide, "reference", case.backward)
@@ -60,7 +61,7 @@ def check(case: Case, backend: str) -> str:
 
 def elapsed(run: Callable[[], object], rounds: int = 20) -> list[float]:
     """Return the milliseconds of each call, between events, its inputs not in the cache."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
     times = []
     for index in range(rounds + 3):
         flush.zero_()
@@ -79,7 +80,7 @@ def refusal(backend: str) -> str:
     """Return why a backend cannot run on the GPU, or ""."""
     case = Case(4, "float32", backward=False, H=1, K=16, V=16)
     try:
-        kda(*inputs_on(case, "cuda", torch.float32), backend=backend)
+        kda(*inputs_on(case, torch.float32), backend=backend)
     except BackendError as error:
         return str(error).splitlines()[0]
     return ""
@@ -101,7 +102,7 @@ def check_all(backends: list[str]) -> bool:
 def time_all(backends: list[str]) -> None:
     """Print the speed of every backend that is not the reference, on the shapes kernels are compared by."""
     for case in SPEEDS:
-        inputs = inputs_on(case, "cuda", torch.bfloat16)
+        inputs = inputs_on(case, torch.bfloat16)
         for backend in backends:
             if backend == "reference":
                 continue

@@ -39,7 +39,8 @@ def commit() -> str:
 
 def slug(name: str, cores: int) -> str:
     """Return a name for files: "amd-epyc-2-cores"."""
-    words = re.sub(r"\(.*?\)|@.*|[^a-z0-9]+", " ", name.lower()).split()
+    plain = re.sub(r"\(.*?\)|@.*", " ", name.lower())
+    words = re.sub(r"[^a-z0-9]+", " ", plain).split()
     return "-".join([*words[:5], str(cores), "core" if cores == 1 else "cores"])
 
 

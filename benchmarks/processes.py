@@ -75,7 +75,8 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):
+            # The second where this side has closed the pipe, after an earlier error.
             self.close()
             raise WorkerError("its process ended") from None
         return self._receive(timeout)

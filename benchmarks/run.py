@@ -24,7 +24,7 @@ from cases import Case, cases
 ROOT = Path(__file__).resolve().parents[1]
 # A rough picture must not replace the published tables.
 QUICK_RESULTS = ROOT / "runs" / "bench"
-FULL = operators.Settings(rounds=7, turn_seconds=0.5, call_seconds=120.0, budget_seconds=60.0)
+FULL = operators.Settings(rounds=5, turn_seconds=0.5, call_seconds=60.0, budget_seconds=30.0)
 QUICK = operators.Settings(rounds=3, turn_seconds=0.2, call_seconds=30.0, budget_seconds=5.0)
 
 
@@ -90,6 +90,10 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    # Before the tests, which are a load themselves.
+    about = machine.describe()
+    if about["load"] > about["cores"] / 2:
+        print(f"this machine is busy (load {about['load']:.1f}): do not publish what follows", file=sys.stderr)
     print("running the operator's tests first", flush=True)
     verdict = gate.run_tests()
     if not verdict.green:
@@ -101,13 +105,17 @@ def main() -> int:
     settings = QUICK if arguments.quick else FULL
     if differences := operators.disagreements(found, settings):
         return refuse("; ".join(differences) + ".")
-    about = machine.describe()
+    seconds = 0.3 if arguments.quick else 1.0
+    before = machine.ceilings(seconds)
+    rows = measure_all(cases(arguments.quick), found, settings)
+    after = machine.ceilings(seconds)
     record = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "quick": arguments.quick,
         "machine": about,
-        "ceilings": machine.ceilings(0.3 if arguments.quick else 1.0),
-        "rows": measure_all(cases(arguments.quick), found, settings),
+        # What the machine can do is the better of two readings.
+        "ceilings": {name: max(rate, after[name]) for name, rate in before.items()},
+        "rows": rows,
     }
     save(record, QUICK_RESULTS if arguments.quick else report.RESULTS)
     return 0

@@ -213,3 +213,20 @@ def test_a_failing_last_rename_puts_the_old_directory_back(tmp_path: Path, monke
         (temporary / "new").write_text("new")
     assert [file.name for file in target.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failing_swap_puts_the_old_directory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "checkpoint"
+    write_directory(target, "old")
+    rename = Path.rename
+
+    def refuse_the_new_one(path: Path, to: Path) -> Path:
+        if path.name.endswith(".tmp"):
+            full_disk()
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new_one)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        write_directory(target, "new")
+    assert (target / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["checkpoint"]

@@ -101,7 +101,7 @@ def test_the_variable_forces_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_operator_without_the_variables_backend_keeps_its_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KIMI_LINEAR_BACKEND", "triton")
+    monkeypatch.setenv("KIMI_LINEAR_BACKEND", "sdpa")
     assert op(backend("chunk"), backend("reference")).choose(CALL).name == "chunk"
 
 

@@ -2,6 +2,10 @@
 
 import doctest
 import importlib
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,13 +14,40 @@ import torch
 from support.source_tree import Module, modules
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+# An example is read and tried; one that takes a minute belongs in `examples/`.
+SECONDS = 60
 WITH_EXAMPLES = [m for m in modules() if ">>> " in m.text]
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Fail when the block takes longer. By KeyboardInterrupt inside, because doctest goes on after an Exception."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt(f"the examples took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(seconds)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        pytest.fail(str(error))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES, ids=lambda m: m.name)
 def test_the_examples_of_a_module_run(module: Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    result = doctest.testmod(importlib.import_module(module.name), optionflags=FLAGS)
+    loaded = importlib.import_module(module.name)
+    with at_most(SECONDS):
+        result = doctest.testmod(loaded, optionflags=FLAGS)
     assert result.failed == 0
     assert result.attempted > 0, "the examples stand where doctest does not look, so nothing runs them"
+
+
+def test_an_example_that_takes_too_long_fails() -> None:
+    with pytest.raises(pytest.fail.Exception, match="the examples took more than 1 s"), at_most(1):
+        time.sleep(5)

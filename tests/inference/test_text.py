@@ -1,6 +1,7 @@
 import random
 
 import pytest
+import tokenizers
 
 from kimi_linear.inference.text import IncrementalDecoder, StopStrings
 
@@ -43,6 +44,21 @@ def test_the_pieces_of_any_bytes_join_to_the_whole_decoding():
         for _ in range(40):
             ids = [draw.randrange(len(tokenizer.pieces)) for _ in range(length)]
             assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_tokenizer_of_the_usual_library_streams_its_own_text():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["the cat sat on the mat, the cat sat"], trainer)
+    text = "the cat sat — 猫が座った 😀😀 on the mat" * 3
+    pieces = pieces_of(backend, backend.encode(text).ids)
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
 
 
 def test_unfinished_bytes_come_out_as_a_mark_at_the_end():

@@ -37,7 +37,6 @@ def _grouped_mlp(
     return 2 * weights[0] * weights[1] * 3 * w1[1] * w1[2]
 
 
-_NO_PRODUCTS = {"rms_norm", "gated_rms_norm", "l2_norm", "forget_gate", "rope", "moe_route"}
 _FORMULAS: dict[str, Callable[..., int]] = {
     "short_conv": _short_conv,
     "kda_core": _delta,

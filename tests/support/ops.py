@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kimi_linear.base.numerics import relative_error, tolerance
 from kimi_linear.ops.registry import OPS
@@ -136,10 +135,14 @@ def strided(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
-def assert_strides_do_not_matter(function: Function, arguments: Arguments) -> None:
-    """Outputs and gradients are bit-identical for contiguous tensors and for strided ones with NaN between."""
+def assert_strides_do_not_matter(function: Function, arguments: Arguments, dtype: torch.dtype) -> None:
+    """Outputs and gradients agree for contiguous tensors and for strided ones with NaN between."""
     other = {name: strided(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    assert_equal(run_with_gradients(function, arguments), run_with_gradients(function, other))
+    outputs, grads = run_with_gradients(function, arguments)
+    same, same_grads = run_with_gradients(function, other)
+    errors = [relative_error(x, y) / tolerance(dtype).output for x, y in zip(same, outputs, strict=True)]
+    errors += [relative_error(same_grads[name], grads[name]) / tolerance(dtype).gradient for name in grads]
+    assert max(errors) <= 1
 
 
 def assert_equal(one: tuple[list[Tensor], dict[str, Tensor]], other: tuple[list[Tensor], dict[str, Tensor]]) -> None:
@@ -171,17 +174,9 @@ def requiring_grad(*values: Any) -> tuple[Any, ...]:
     return tuple(value.detach().requires_grad_() if is_floating(value) else value for value in values)
 
 
-class RecordCalls(TorchDispatchMode):
-    """Counts the calls into torch below custom ops, and the elements of the largest tensor any of them returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls += 1
-        tensors = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)]
-        self.largest = max(self.largest, *(x.numel() for x in tensors), 0)
-        return result
+def profile(function: Callable[[], Any]) -> tuple[int, int]:
+    """Run a function; return how many torch operations ran inside it, and the bytes of its largest new tensor."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.events() if event.name.startswith("aten::")]
+    return len(events), max(event.self_cpu_memory_usage for event in events)

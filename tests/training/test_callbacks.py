@@ -5,10 +5,11 @@ import io
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from kimi_linear.base.errors import ConfigError
+from kimi_linear.base.errors import ConfigError, DataError
 from kimi_linear.training.callbacks import (
     EvalRecord,
     FitResult,
@@ -86,6 +87,16 @@ def test_lines_are_on_disk_as_soon_as_they_are_written(tmp_path):
     metrics.on_step(record(1))
     assert kinds(path) == [("step", 1)]
     metrics.on_end(END)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    metrics = JsonlMetrics(tmp_path / "metrics.jsonl")
+    metrics.on_start(0)
+    metrics._file.close()
+    with Path("/dev/full").open("a", buffering=1) as metrics._file:
+        with pytest.raises(DataError, match=r"metrics\.jsonl cannot be written: the disk is full; free space"):
+            metrics.on_step(record(1))
+        metrics.on_end(END)
 
 
 def test_no_file_means_no_metrics(tmp_path):

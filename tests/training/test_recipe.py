@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from kimi_linear.base.errors import CheckpointError, ConfigError, DataError
+from kimi_linear.causal_lm import KimiLinearForCausalLM
 from kimi_linear.evaluation.bits_per_byte import bits_per_byte
-from kimi_linear.models.kimi_linear.model import KimiLinearLM
 from kimi_linear.recipes.train import DataConfig, RunConfig, train
 from kimi_linear.training.callbacks import Callback, read_metrics
 from kimi_linear.training.checkpoint import resumable_with
@@ -29,6 +29,13 @@ class Stop(Callback):
     def on_step(self, record):
         if record.step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -64,15 +71,8 @@ def test_the_saved_model_is_the_trained_one_and_has_the_bits_per_byte_stated(tmp
     trained = load_file(directory / "checkpoints" / "step-00000006" / "model.safetensors")
     assert torch.equal(saved["model.embed_tokens.weight"], trained["model.embed_tokens.weight"])
     assert (directory / "model" / "tokenizer.json").read_text() == (directory / "tokenizer.json").read_text()
-    tokenizer = Tokenizer.load(directory)
-    network = replace(
-        config(tmp_path, text).network(),
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.eos_id,
-        eos_token_id=tokenizer.eos_id,
-    )
-    model = KimiLinearLM(network).eval()
-    model.load_state_dict(trained)
+    model = KimiLinearForCausalLM.from_pretrained(result.model_dir, dtype="float32").eval()
+    assert model.config.eos_token_id == Tokenizer.load(directory).eos_id
     batches = ValidationBatches(TokenShards(directory / "data" / "validation"), seq_len=24, batch_size=3)
     measured = bits_per_byte(model, ((b.input_ids, b.cu_seqlens, b.labels, b.num_bytes) for b in batches))
     assert measured == pytest.approx(result.metrics["bits_per_byte"], rel=1e-5)
@@ -147,6 +147,16 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path, text):
         run(replace(config(tmp_path, text, max_steps=2), run_dir=str(tmp_path / name), seed=seed))
         found.append(losses(tmp_path / name))
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_threads_give_the_same_bits_every_time(tmp_path, text, precision):
+    for name in ("a", "b"):
+        given = replace(
+            config(tmp_path, text, max_steps=2, precision=precision), run_dir=str(tmp_path / name), num_threads=2
+        )
+        run(given)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
 def test_a_run_keeps_its_data_when_the_source_changes_or_goes(tmp_path, text):

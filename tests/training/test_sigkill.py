@@ -11,7 +11,7 @@ import time
 from kimi_linear.training.callbacks import read_metrics
 from training.runs import plain_config, write_text
 
-STEPS = 60
+STEPS = 42
 RUN = """
 import json, sys
 from pathlib import Path
@@ -59,9 +59,9 @@ def test_a_run_killed_three_times_ends_like_an_unbroken_one(tmp_path):
     broken.mkdir()
     unbroken = start(whole, text)
     generator = random.Random()
-    for earliest in (5, 20, 35):
+    for earliest in (4, 14, 24):
         process = start(broken, text)
-        wait_for_step(process, broken, earliest + generator.randrange(10))
+        wait_for_step(process, broken, earliest + generator.randrange(8))
         # Anywhere within a step, an evaluation or the writing of a checkpoint.
         time.sleep(generator.uniform(0.0, 0.1))
         process.send_signal(signal.SIGKILL)

@@ -53,10 +53,10 @@ def read_model_json(directory: Path) -> KimiLinearConfig:
     if not path.is_file():
         raise CheckpointError(f"{directory} has no {CONFIG_NAME}; give the directory of a saved model.")
     try:
-        given = read_json(path)
-        if given.get("model_type") != OWN_TYPE:
-            return from_release_config(given)
-        return KimiLinearConfig.from_dict({key: value for key, value in given.items() if key not in _OWN_KEYS})
+        config = _read_config(read_json(path))
+        # The shapes meet every size, so a size of the wrong type shows here and not in the middle of loading.
+        config.shapes()
+        return config
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (TypeError, AttributeError) as error:
@@ -64,6 +64,12 @@ def read_model_json(directory: Path) -> KimiLinearConfig:
         raise CheckpointError(
             f"{path} holds a value of the wrong type ({error}); download or save it again."
         ) from error
+
+
+def _read_config(given: dict[str, Any]) -> KimiLinearConfig:
+    if given.get("model_type") != OWN_TYPE:
+        return from_release_config(given)
+    return KimiLinearConfig.from_dict({key: value for key, value in given.items() if key not in _OWN_KEYS})
 
 
 def read_end_tokens(directory: Path) -> tuple[int, ...]:

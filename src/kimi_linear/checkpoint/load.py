@@ -66,11 +66,12 @@ def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         >>> torch_dtype("bfloat16")
         torch.bfloat16
     """
-    if dtype is None or dtype in DTYPE_NAMES:
-        return dtype
-    if dtype not in _DTYPES:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if name not in _DTYPES:
         raise DtypeError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}, or None for the stored one.")
-    return _DTYPES[dtype]
+    return _DTYPES[name]
 
 
 def _check_device(device: str | torch.device) -> None:

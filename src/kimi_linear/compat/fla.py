@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 from kimi_linear.base.errors import BackendError, ConfigError, ShapeError
+from kimi_linear.ops.checks import expect_cu_seqlens, expect_shape
 from kimi_linear.ops.delta_rule import gated_delta_rule, kda, kda_core
+from kimi_linear.ops.delta_rule.layout import read_cu_seqlens, wide_dtype
 from kimi_linear.ops.gate import forget_gate
 from kimi_linear.ops.norm import l2_norm
+
+# Arguments of serving engines: ignoring them with a warning would leave a state pool or an output as it was.
+_REFUSED = {"ssm_state_indices", "inplace_final_state", "num_accepted_tokens", "out"}
 
 __all__ = [
     "chunk_gated_delta_rule",
@@ -82,11 +87,10 @@ def chunk_kda(
         raise ConfigError(f"chunk_kda: chunk_size is {chunk_size}, expected 32 or 64.")
     if use_gate_in_kernel and safe_gate and (lower_bound is None or not -5 <= lower_bound < 0):
         raise ConfigError(f"chunk_kda: safe_gate needs lower_bound in [-5, 0), given {lower_bound}.")
-    if cp_context is not None:
-        raise BackendError(
-            "chunk_kda: cp_context is not supported; split the sequence yourself and pass initial_state."
-        )
-    if return_intermediate_states and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, g, beta)):
+    _refuse_context_parallel("chunk_kda", cp_context)
+    inputs = (q, k, v, g, beta, A_log, dt_bias, initial_state)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if return_intermediate_states and needs_grad:
         raise ConfigError("chunk_kda: return_intermediate_states is for inference; call it under torch.no_grad().")
     call: dict[str, Any] = {
         "scale": scale,
@@ -165,12 +169,29 @@ def chunk_gated_delta_rule(
     allow_neg_eigval: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    cp_context: Any = None,
+    *,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    chunk_size: int = 64,
     **unknown: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Apply the gated delta rule with one decay a head, g [B, T, HV]; see `kimi_linear.ops.gated_delta_rule`."""
+    """Apply the gated delta rule with one decay a head, g [B, T, HV]; see `kimi_linear.ops.gated_delta_rule`.
+
+    `cu_seqlens_cpu`, `chunk_indices` and `chunk_size` are hints that are not needed.
+    """
+    del cu_seqlens_cpu, chunk_indices
     op = "chunk_gated_delta_rule"
     state_v_first = _old_spellings(op, state_v_first, unknown)
-    _check_flags(op, q, None, None, False, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    _check_flags(op, q, A_log, None, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    if chunk_size not in (16, 32, 64):
+        raise ConfigError(f"{op}: chunk_size is {chunk_size}, expected 16, 32 or 64.")
+    _refuse_context_parallel(op, cp_context)
+    if use_gate_in_kernel:
+        g = _gate_a_head(g, A_log, dt_bias)
     o, final = gated_delta_rule(
         l2_norm(q) if use_qk_l2norm_in_kernel else q,
         l2_norm(k) if use_qk_l2norm_in_kernel else k,
@@ -214,7 +235,7 @@ def fused_recurrent_gated_delta_rule(
     if use_gate_in_kernel:
         if g is None:
             raise ConfigError(f"{op}: use_gate_in_kernel needs g, the gate's logits [B, T, HV].")
-        g = forget_gate(g, A_log, dt_bias)
+        g = _gate_a_head(g, A_log, dt_bias)
     strength = torch.ones_like(v[..., 0]) if beta is None else beta
     if beta is not None:
         strength = _strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
@@ -250,6 +271,13 @@ def fused_kda_gate(
         )
     A_log = None if A_log is None else A_log.flatten()
     return forget_gate(g, A_log, dt_bias, lower_bound=lower_bound).to(output_dtype)
+
+
+def _gate_a_head(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
+    """Return the log decay of gate logits g [B, T, HV], one a head."""
+    A_log = None if A_log is None else A_log.flatten()
+    # The last axis of one tells one decay a head from one a channel where there is no bias to tell.
+    return forget_gate(g.unsqueeze(-1), A_log, None if dt_bias is None else dt_bias.flatten()).squeeze(-1)
 
 
 def _kda(
@@ -302,7 +330,10 @@ def _kda_per_channel(
     cu_seqlens: Tensor | None,
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Run a strength per value channel by making every value channel a head of width one."""
+    """Run a strength per value channel by making every value channel a head of width one.
+
+    Each channel then has a system of its own, as it must, and a copy of its head's decay: V times the memory of g.
+    """
     B, T, HV, V = v.shape
     if beta.shape != v.shape:
         raise ShapeError(f"fused_recurrent_kda: beta is {list(beta.shape)}, expected {[B, T, HV]} or {list(v.shape)}.")
@@ -311,6 +342,7 @@ def _kda_per_channel(
         g = forget_gate(g, A_log, call["dt_bias"], lower_bound=call["lower_bound"])
         call = {**call, "gate": False, "A_log": None, "dt_bias": None}
     if state is not None:
+        expect_shape("fused_recurrent_kda", "initial_state", state, (None, HV, q.shape[-1], V), "N, HV, K, V")
         state = state.permute(0, 1, 3, 2).reshape(-1, HV * V, state.shape[2], 1)
     o, final = _kda(
         q,
@@ -337,12 +369,17 @@ def _in_steps(
     call: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `step` tokens at a time and keep the state at every start: (o, final [N, ..], middle [B, NT, ..])."""
-    bounds = [(0, v.shape[1])] if cu_seqlens is None else list(_pairs(cu_seqlens.tolist()))
+    bounds = [(0, v.shape[1])]
+    sequences = v.shape[0]
+    if cu_seqlens is not None:
+        sequences = expect_cu_seqlens("chunk_kda", cu_seqlens, v.shape[0], v.device)
+        bounds = list(itertools.pairwise(read_cu_seqlens(cu_seqlens, v.shape[1])))
+    if state is None:
+        state = v.new_zeros(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=wide_dtype(v.dtype))
+    expect_shape("chunk_kda", "initial_state", state, (sequences, v.shape[2], q.shape[3], v.shape[3]), "N, HV, K, V")
     outputs, finals, middle = [], [], []
     for n, (start, end) in enumerate(bounds):
-        rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
-        shape = (v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-        current = v.new_zeros(shape, dtype=torch.float32) if state is None else state[rows]
+        current = state if cu_seqlens is None else state[n : n + 1]
         for at in range(start, end, step):
             cut = slice(at, min(at + step, end))
             middle.append(current.to(k.dtype))
@@ -357,14 +394,10 @@ def _in_steps(
     )
 
 
-def _pairs(offsets: list[int]) -> Any:
-    return itertools.pairwise(offsets)
-
-
 def _strength(beta: Tensor, sigmoid: bool, neg_eigval: bool) -> Tensor:
     if not sigmoid:
         return beta
-    return beta.float().sigmoid() * (2.0 if neg_eigval else 1.0)
+    return beta.to(wide_dtype(beta.dtype)).sigmoid() * (2.0 if neg_eigval else 1.0)
 
 
 def _swap(state: Tensor) -> Tensor:
@@ -372,7 +405,8 @@ def _swap(state: Tensor) -> Tensor:
 
 
 def _from_v_first(state: Tensor | None, v_first: bool) -> Tensor | None:
-    return _swap(state) if state is not None and v_first else state
+    # A state that is no [N, HV, V, K] is left to the operator's check.
+    return _swap(state) if state is not None and v_first and state.dim() == 4 else state
 
 
 def _final(state: Tensor, wanted: bool, v_first: bool) -> Tensor | None:
@@ -398,6 +432,11 @@ def _check_flags(
         raise ShapeError(f"{op}: K is {q.shape[-1]}, expected at most 256.")
 
 
+def _refuse_context_parallel(op: str, cp_context: Any) -> None:
+    if cp_context is not None:
+        raise BackendError(f"{op}: cp_context is not supported; split the sequence yourself and pass initial_state.")
+
+
 def _old_spellings(op: str, v_first: bool, unknown: dict[str, Any]) -> bool:
     """Accept the old name of `state_v_first`, refuse layouts that are gone, warn about the rest."""
     if "transpose_state_layout" in unknown:
@@ -409,6 +448,11 @@ def _old_spellings(op: str, v_first: bool, unknown: dict[str, Any]) -> bool:
         v_first = bool(unknown.pop("transpose_state_layout"))
     if unknown.pop("head_first", False):
         raise ConfigError(f"{op}: head_first is not supported; pass [B, T, H, K].")
+    for name in sorted(_REFUSED & unknown.keys()):
+        if unknown[name] is not None and unknown[name] is not False:
+            raise ConfigError(
+                f"{op}: {name} is not supported; for a pool of states use kimi_linear.ops.kda_core_decode."
+            )
     if unknown:
         names = ", ".join(sorted(unknown))
         warnings.warn(f"{op}: ignoring unknown arguments {names}.", UserWarning, stacklevel=3)

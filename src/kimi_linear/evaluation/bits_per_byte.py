@@ -37,8 +37,12 @@ def bits_per_byte(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tens
     Cost: one forward pass over the tokens.
 
     Example:
-        >>> bits_per_byte(model, ((b.input_ids, b.cu_seqlens, b.labels, b.num_bytes) for b in batches))
-        2.31
+        >>> from kimi_linear.models.kimi_linear.model import KimiLinearLM
+        >>> from kimi_linear.models.kimi_linear.presets import preset
+        >>> model, ids = KimiLinearLM(preset("tiny")).eval(), torch.arange(16)[None]
+        >>> batch = (ids, torch.tensor([0, 16], dtype=torch.int32), ids, 15)
+        >>> round(bits_per_byte(model, [batch]))
+        8
     """
     nats, num_bytes = 0.0, 0
     device = next(model.parameters()).device

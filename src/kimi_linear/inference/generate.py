@@ -128,7 +128,8 @@ def stream(
         attention_mask: [B, T], 1 at tokens and 0 at padding (left or right); only with a tensor of prompts.
         tokenizer: Turns tokens into text; needed for stop strings. `tokenizers.Tokenizer` will do.
         cache: Continue from it: the prompts follow what its rows have seen. A cache of one row holds the prompt and
-            every new token but the last afterwards; one of several rows stops where the first row ends.
+            every new token but the last afterwards; one of several rows stops where the first row ends. A repetition
+            penalty does not know which tokens it has seen.
         prefill_chunk: Read the prompt in pieces of this many tokens, to bound memory. The result is the same up to
             rounding.
 

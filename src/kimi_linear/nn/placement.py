@@ -57,8 +57,8 @@ def from_lists(lists: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
     names: dict[int, str] = {}
     for name, numbers in lists.items():
         for number in numbers:
-            if number < 1:
-                raise ConfigError(f"layer {number} of {name!r}: layer lists are 1-based, expected 1 or more.")
+            if not isinstance(number, int) or number < 1:
+                raise ConfigError(f"layer {number!r} of {name!r}: layer lists are 1-based, expected 1 or more.")
             if number in names:
                 raise ConfigError(f"layer {number} is both {names[number]!r} and {name!r}; give each layer once.")
             names[number] = name

@@ -1,4 +1,4 @@
-"""What stays in float32 whatever the rest of a module is cast to, and the dtype that autocast asks for."""
+"""What stays in float32 whatever the rest of a module is cast to."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -52,14 +52,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for that type of device; devices without autocast say no."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a matrix product with x runs: autocast's if it is on, else that of x.
-
-    Autocast only knows torch's own operators; ours are given tensors already cast.
-    """
-    return torch.get_autocast_dtype(x.device.type) if autocast_enabled(x.device.type) else x.dtype
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -65,19 +65,23 @@ class Op:
         Raises:
             BackendError: Unknown name, or nothing can run the call; lists every backend with its reasons.
         """
-        wanted = backend or env.read("KIMI_LINEAR_BACKEND") or None
+        wanted = backend or self._wanted_everywhere()
         if wanted is not None and wanted not in self._backends:
-            if backend is None and wanted in _KNOWN_BACKENDS:
-                # The variable speaks of all operators; one without that backend keeps its own choice.
-                wanted = None
-            else:
-                raise BackendError(f"{self.name}: {unknown_name('backend', wanted, list(self._backends))}")
+            raise BackendError(f"{self.name}: {unknown_name('backend', wanted, list(self._backends))}")
         candidates = self.backends if wanted is None else (self._backends[wanted],)
         for candidate in candidates:
             if not candidate.refuse(call):
                 return candidate
         head = f"backend {wanted!r} cannot run this call" if wanted else "no backend can run this call"
         raise BackendError(f"{self.name}: {head}.\n{self.why(call)}")
+
+    def _wanted_everywhere(self) -> str | None:
+        """Return the backend that KIMI_LINEAR_BACKEND asks of every operator, if this one has it."""
+        wanted = env.read("KIMI_LINEAR_BACKEND")
+        known = {backend.name for _, op in OPS.items() for backend in op.backends} | set(self._backends)
+        if wanted and wanted not in known:
+            raise BackendError(f"KIMI_LINEAR_BACKEND: {unknown_name('backend', wanted, sorted(known))}")
+        return wanted if wanted in self._backends else None
 
     def why(self, call: Call) -> str:
         """Explain the choice for a call, one line a backend."""
@@ -96,8 +100,6 @@ class Op:
         grad = "with gradients" if call.needs_grad else "without gradients"
         return "\n".join([f"{self.name} on {call.device}, {call.dtype}, {grad}, {sizes}{features}:", *lines])
 
-
-_KNOWN_BACKENDS = ("cpu", "triton", "chunk", "reference")
 
 OPS: Registry[Op] = Registry("operator")
 

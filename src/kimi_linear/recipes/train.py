@@ -186,8 +186,12 @@ def train(config: RunConfig, *, report: Report = print, callbacks: Sequence[Call
         TrainingError: The loss is not finite.
 
     Example:
-        >>> train(RunConfig(run_dir="runs/a", model="demo", train=TrainConfig(max_minutes=3))).metrics["bits_per_byte"]
-        1.9
+        >>> _ = Path("notes.txt").write_text("to be or not to be " * 100)
+        >>> data = DataConfig(location="notes.txt", seq_len=32, batch_size=2)
+        >>> size = {"vocab_size": 270, "hidden_size": 32}
+        >>> config = RunConfig(run_dir="run", model="tiny", overrides=size, data=data, train=TrainConfig(max_steps=2))
+        >>> train(config, report=lambda sentence: None).status
+        'finished'
     """
     config = config.resolved()
     directory = Path(config.run_dir)

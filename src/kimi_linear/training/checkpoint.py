@@ -65,9 +65,15 @@ class CheckpointStore:
         report: Takes one sentence about anything a person should know, such as a broken checkpoint passed over.
 
     Example:
-        >>> store = CheckpointStore(Path("runs/a/checkpoints"))
-        >>> path = store.save(model, optimizers, snapshot)
-        >>> snapshot = store.resume(model, optimizers)
+        >>> from kimi_linear.training.optim import OptimConfig, build_optimizers
+        >>> model = nn.Linear(4, 4)
+        >>> optimizers = build_optimizers(model, OptimConfig())
+        >>> store = CheckpointStore(Path("checkpoints"))
+        >>> snapshot = Snapshot(step=1, tokens=64, seconds=0.5, metrics={}, precision={}, position={})
+        >>> store.save(model, optimizers, snapshot).name
+        'step-00000001'
+        >>> store.resume(model, optimizers) == snapshot
+        True
     """
 
     def __init__(
@@ -200,7 +206,9 @@ def verify(path: Path) -> None:
     Cost: reads every byte; about a second a gigabyte.
 
     Example:
-        >>> verify(store.paths()[0])
+        >>> verify(Path("missing"))
+        Traceback (most recent call last):
+        kimi_linear.base.errors.CheckpointError: missing is not a complete checkpoint (...).
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
@@ -248,6 +256,7 @@ def resumable_with(config: Any, where: str = "") -> frozenset[str]:
     """Return the dotted names of the fields of a config, and of its parts, that are marked `MAY_DIFFER`.
 
     Example:
+        >>> from kimi_linear.training.loop import TrainConfig
         >>> "max_steps" in resumable_with(TrainConfig(max_steps=10))
         True
     """

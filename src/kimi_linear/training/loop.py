@@ -81,10 +81,7 @@ class Trainer:
         after_step: Called after every optimizer step; a mixture of experts updates its router bias here.
         store: Where checkpoints go and a run is resumed from; None for neither.
 
-    Example:
-        >>> trainer = Trainer(model, optimizers, schedule, batches, TrainConfig(max_steps=100))
-        >>> trainer.fit().metrics["loss"]
-        2.31
+    Example: `kimi_linear.recipes.train` puts one together from a configuration.
     """
 
     def __init__(

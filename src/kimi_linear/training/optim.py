@@ -81,19 +81,6 @@ class Optimizers:
         """Peak learning rate."""
         return self._peak
 
-    def parameters(self) -> list[Tensor]:
-        """Return every tensor that is optimized, slices standing for the parameters they belong to."""
-        return [t for part in self._parts for group in part.optimizer.param_groups for t in group["params"]]
-
-    def decayed(self) -> set[str]:
-        """Return the names of the tensors with weight decay; a slice is named `parameter#index`."""
-        found = set()
-        for part in self._parts:
-            names = iter(part.names)
-            for group in part.optimizer.param_groups:
-                found |= {name for name, _ in zip(names, group["params"], strict=False) if group["weight_decay"] > 0}
-        return found
-
     @torch.no_grad()
     def step(self, multiplier: float) -> None:
         """Update the parameters from their gradients, at `multiplier` times the peak learning rate, and drop those."""

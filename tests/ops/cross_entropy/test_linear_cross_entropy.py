@@ -132,9 +132,8 @@ def test_autocast_rounds_hidden_alone(backend: str, name: str) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_chunk_backend_never_holds_the_logits_of_two_chunks(reduction: str) -> None:
     inputs = CrossEntropySpec("peak", M=512, D=4, V=1024, chunk=32, reduction=reduction).inputs(torch.float32)
-    with ops.RecordCalls() as record:
-        ops.run_with_gradients(linear_cross_entropy, inputs)
-    assert record.largest == 32 * 1024
+    _, largest = ops.profile(lambda: ops.run_with_gradients(linear_cross_entropy, inputs))
+    assert largest == 32 * 1024 * 4
 
 
 @SOME
@@ -145,7 +144,7 @@ def test_inputs_strides_and_repeated_runs(backend: str, name: str) -> None:
 
     inputs = BY_NAME[name].inputs(torch.float64)
     ops.assert_inputs_unchanged(call, inputs)
-    ops.assert_strides_do_not_matter(call, inputs)
+    ops.assert_strides_do_not_matter(call, inputs, torch.float64)
     ops.assert_runs_are_identical(call, inputs)
 
 

@@ -111,7 +111,7 @@ def test_inputs_strides_and_repeated_runs(op: str, backend: str) -> None:
 
     inputs = draw(HEADS, op, torch.float32)
     ops.assert_inputs_unchanged(call, inputs)
-    ops.assert_strides_do_not_matter(call, inputs)
+    ops.assert_strides_do_not_matter(call, inputs, torch.float32)
     ops.assert_runs_are_identical(call, inputs)
 
 

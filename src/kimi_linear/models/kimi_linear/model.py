@@ -12,7 +12,6 @@ from kimi_linear.nn.decoder import Decoder
 from kimi_linear.nn.ffn.moe import MixtureOfExperts
 from kimi_linear.nn.init import init_weights
 from kimi_linear.nn.padding import Padding, last_positions
-from kimi_linear.nn.precision import compute_dtype
 from kimi_linear.nn.state import Cache
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
 
@@ -90,7 +89,7 @@ class KimiLinearLM(nn.Module):
             raise ShapeError(f"new_cache: batch_size is {batch_size}, expected at least 1.")
         weight = self.model.embed_tokens.weight
         states = self.model.new_states(batch_size, device=weight.device, dtype=dtype or weight.dtype)
-        return Cache(states, torch.zeros(batch_size, dtype=torch.int64))
+        return Cache(states, torch.zeros(batch_size, dtype=torch.int64, device="cpu"))
 
     def update_router_bias(self) -> None:
         """Balance the experts: update every selection bias from the load since the last call. Once a step."""
@@ -120,7 +119,8 @@ class KimiLinearLM(nn.Module):
                 labels of -100 are not scored. The first token of a call is never scored, cache or not. With labels
                 the logits are not built.
             cache: Continue each sequence from it, and update it in place. It has one row a sequence; rows may hold
-                different numbers of tokens. After an error it must be thrown away.
+                different numbers of tokens. After an error it must be thrown away. One token at a time is fast under
+                `torch.no_grad()`, where it takes the one-token operators; gradients never flow into a cache.
             cu_seqlens: Offsets [N + 1] of sequences packed in one row [1, T].
             attention_mask: [B, T], 1 at real tokens and 0 at padding, anywhere; of the tokens of this call only.
                 Padding reaches no state and no loss, and its logits are zero.
@@ -176,9 +176,8 @@ class KimiLinearLM(nn.Module):
         if cu_seqlens is not None:
             last, has_token = last_positions(cu_seqlens)
             targets = targets.index_fill(1, last[has_token], IGNORE_INDEX)
-        dtype = compute_dtype(hidden)
         return linear_cross_entropy(
-            hidden.flatten(0, 1).to(dtype), self.head_weight.to(dtype), targets.flatten(), ignore_index=IGNORE_INDEX
+            hidden.flatten(0, 1), self.head_weight, targets.flatten(), ignore_index=IGNORE_INDEX
         )
 
     def _check_inputs(

@@ -76,11 +76,11 @@ SIZES: dict[str, Size] = {
     "demo": Size(
         vocab_size=4096,
         hidden_size=256,
-        num_layers=8,
+        num_layers=4,
         kda=KDAConfig(num_heads=4, head_dim=64),
         mla=MLAConfig(num_heads=4, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
-        moe=MoEConfig(num_experts=8, top_k=2, intermediate_size=192),
-        dense_width=576,
+        moe=MoEConfig(num_experts=8, top_k=2, intermediate_size=256),
+        dense_width=768,
         max_length=4096,
     ),
     "150m": Size(

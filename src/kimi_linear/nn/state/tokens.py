@@ -155,7 +155,7 @@ class TokenState(LayerState):
         slot_index = slot_index if self.window is None else slot_index % self.window
         for buffer, tensor in self._pairs(new):
             buffer[row_index, slot_index] = tensor.detach().flatten(0, 1)[index].to(buffer.dtype)
-        self.lengths = self.lengths + torch.tensor(counts)
+        self.lengths = self.lengths + torch.tensor(counts, device="cpu")
 
     def snapshot(self) -> Snapshot:
         """Return copies of the used part of the buffers, the lengths and the tags; changes nothing."""

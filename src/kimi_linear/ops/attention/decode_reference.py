@@ -20,11 +20,13 @@ from kimi_linear.ops.checks import compute_dtype
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, window: int | None) -> Tensor:
     """Eq. 1 for q [N, H, K], k [N, S, H, K], v [N, S, H, V], in the dtype of the arguments."""
-    mask = seen(lengths, k.shape[1], window)[:, None]
+    visible = seen(lengths, k.shape[1], window)
+    mask = visible[:, None]
     scores = torch.einsum("nhk,nshk->nhs", q, k) * scale
     # A row that sees nothing would be 0 / 0.
     p = scores.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask, 0.0)
-    return torch.einsum("nhs,nshv->nhv", p, v)
+    # What is not seen may hold anything, and 0 * NaN is NaN.
+    return torch.einsum("nhs,nshv->nhv", p, v.masked_fill(~visible[:, :, None, None], 0.0))
 
 
 @torch.library.custom_op("kimi_linear::attention_decode_reference", mutates_args=())

@@ -53,15 +53,19 @@ def _weigh(pairs: list[tuple[Tensor, Tensor]], values: Tensor, span: slice, mask
     for tile in tiles:
         part = sum(q @ keys[:, :, tile].to(q.dtype).mT for q, keys in pairs)
         scores[..., tile.start - span.start : tile.stop - span.start] = part
-    if mask is None:
+    # [n, 1, S, 1]
+    hidden = None if mask is None else ~mask[:, None, :, None]
+    if hidden is None:
         p = scores.softmax(-1)
     else:
-        hidden = ~mask[:, None, None]
         # A row that sees nothing would be 0 / 0.
-        p = scores.masked_fill_(hidden, -math.inf).softmax(-1).masked_fill_(hidden, 0.0)
+        p = scores.masked_fill_(hidden.mT, -math.inf).softmax(-1).masked_fill_(hidden.mT, 0.0)
     total = query.new_zeros(*query.shape[:-1], values.shape[-1])
     for tile in tiles:
-        total += p[..., tile.start - span.start : tile.stop - span.start] @ values[:, :, tile].to(query.dtype)
+        value = values[:, :, tile].to(query.dtype)
+        # What is not seen may hold anything, and 0 * NaN is NaN.
+        value = value if hidden is None else value.masked_fill(hidden[:, :, tile], 0.0)
+        total += p[..., tile.start - span.start : tile.stop - span.start] @ value
     return total
 
 
@@ -100,9 +104,9 @@ def mla_decode_absorbed(
             pairs = [(absorbed[rows], latents[rows]), (query_rope[rows], keys_rope[rows])]
             # Eq. 2 and the sum of Eq. 3
             mixed[rows] = _weigh(pairs, latents[rows], span, mask)
-        # Eq. 3
-        o = torch.bmm(mixed[:, 0].to(q.dtype).transpose(0, 1), weights[:, nope_dim:].mT)
-    return o.transpose(0, 1).contiguous()
+        # Eq. 3, weights on the left: the other way round, torch repacks them at every call in half precision.
+        o = torch.bmm(weights[:, nope_dim:], mixed[:, 0].to(q.dtype).permute(1, 2, 0))
+    return o.permute(2, 0, 1).contiguous()
 
 
 attention_decode_tiled.register_fake(_fake_attention_decode)

@@ -143,7 +143,7 @@ def run(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Run the op; off the CPU an unpacked call is left to SDPA's own autograd, whose backward kernels are faster."""
+    """Run the op; off the CPU an unpacked call is left to SDPA's own autograd and its fused backward kernels."""
     if cu_seqlens is None and q.device.type != "cpu":
         return attend(q, k, v, scale, window)
     return attention_sdpa(q, k, v, cu_seqlens, cu_seqlens_k, scale, window)

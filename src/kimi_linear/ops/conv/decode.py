@@ -16,12 +16,11 @@ def refuse_gradients(call: Call) -> list[str]:
 def _step(x: Tensor, weight: Tensor, history: Tensor, silu: bool) -> Tensor:
     # x [n, D], weight [D, W], history [n, D, W - 1], updated in place.
     dtype, past = compute_dtype(x), history.shape[2]
-    pre = x.to(dtype) * weight[:, past].to(dtype)
-    if past:
-        pre += (history.to(dtype) * weight[:, :past].to(dtype)).sum(-1)
-        # The right-hand side overlaps the left, so it needs its own copy.
-        history[:, :, :-1] = history[:, :, 1:].clone()
-        history[:, :, -1] = x.to(history.dtype)
+    taps = weight.to(dtype)
+    pre = x.to(dtype) * taps[:, past]
+    for tap in range(past):
+        pre.addcmul_(history[:, :, tap].to(dtype), taps[:, tap])
+        history[:, :, tap] = history[:, :, tap + 1] if tap + 1 < past else x
     return (F.silu(pre, inplace=True) if silu else pre).to(x.dtype)
 
 

@@ -184,7 +184,9 @@ def _save_online(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(grad_hidden, grad_weight)
 
 
-def _formula_online(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+def _formula_online(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None, None
     grad_hidden, grad_weight = ctx.saved_tensors
     weight_grad = (grad_weight * grad).to(ctx.weight_dtype) if ctx.with_weight else None
     return (grad_hidden * grad).to(grad_hidden.dtype), weight_grad, None, None, None, None

@@ -78,7 +78,8 @@ def delta_rule(
         BackendError: The named backend cannot run this call; lists every backend with its reasons.
 
     Numerics: accumulates in float32 (float64 for float64 inputs); every exponent formed is <= 0.
-    Cost: about 3 T HV K V multiply-adds forward; memory O(T HV (K + V)) plus a tile of bounded size.
+    Cost: about 3 T HV K V multiply-adds forward. Memory beside the results: a tile of bounded size, and in the backward
+        a state every 32 to 1024 / HV tokens (at K = V = 128); see README.md. "reference" keeps every state.
 
     Example:
         >>> import torch
@@ -131,7 +132,8 @@ def delta_rule_decode(
         ShapeError, DtypeError, DeviceError, BackendError: As for `delta_rule`; BackendError too when a gradient is
             needed, because an update in place has none.
 
-    Cost: about 3 N HV K V multiply-adds; reads and writes each named state once or a few times, copies nothing.
+    Cost: about 3 N HV K V multiply-adds, a few passes over the named states. Consecutive slots, in order, are updated
+        where they lie; others are copied out and back.
 
     Example:
         >>> import torch
@@ -142,18 +144,13 @@ def delta_rule_decode(
         torch.Size([2, 1, 4])
     """
     op = "delta_rule_decode"
-    expect_shape(op, "q", q, (None, None, None), "N, H, K")
-    expect_shape(op, "pool", pool, (None, None, None, None), "S, HV, K, V")
-    expect_shape(op, "slots", slots, (q.shape[0],), "N")
-    expect_integer(op, "slots", slots)
-    q1, k1, z1, g1 = (x.unsqueeze(1) for x in (q, k, write_value, log_decay))
-    check_inputs(op, q1, k1, None if erase_key is None else erase_key.unsqueeze(1), z1, g1, None, None)
+    check_inputs(op, q, k, erase_key, write_value, log_decay, None, None, lead="N")
     check_read(op, read)
-    HV, V = write_value.shape[1:]
-    expect_shape(op, "pool", pool, (None, HV, q.shape[-1], V), "S, HV, K, V")
-    expect_same_device(op, q=q, pool=pool, slots=slots)
-    check_state_dtype(op, "pool", pool, write_value)
-    call = describe_call(q, k, erase_key, write_value, log_decay, pool, sizes={"N": q.shape[0], "HV": HV})
+    check_pool(op, q, write_value, pool, slots)
+    check_values(op, log_decay)
+    (N, H, K), (HV, V) = q.shape, write_value.shape[1:]
+    sizes = {"N": N, "H": H, "HV": HV, "K": K, "V": V}
+    call = describe_call(q, k, erase_key, write_value, log_decay, pool, sizes=sizes)
     run = DELTA_RULE_DECODE.choose(call, backend).run
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     o: Tensor = run(q, k, erase_key, write_value, log_decay, pool, slots, scale, read)
@@ -175,30 +172,43 @@ def check_inputs(
     log_decay: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    lead: str = "B, T",
+    value: str = "write_value",
 ) -> None:
-    """Raise the error for the first argument whose shape, dtype or device disagrees with the others."""
-    expect_floating(op, q=q, k=k, erase_key=erase_key, write_value=write_value, log_decay=log_decay)
-    expect_shape(op, "q", q, (None, None, None, None), "B, T, H, K")
-    B, T, H, K = q.shape
-    expect_shape(op, "k", k, (B, T, H, K), "B, T, H, K")
-    expect_shape(op, "write_value", write_value, (B, T, None, None), "B, T, HV, V")
-    HV, V = write_value.shape[2:]
-    if H == 0 or HV % H:
-        raise ShapeError(f"{op}: HV is {HV} and H is {H}, expected HV to be a multiple of H.")
+    """Raise the error for the first argument whose shape, dtype or device disagrees.
+
+    `lead` names the leading axes, `value` the argument that holds the write value.
+    """
+    expect_floating(op, q=q, k=k, erase_key=erase_key, log_decay=log_decay, **{value: write_value})
+    axes = lead.count(",") + 1
+    expect_shape(op, "q", q, (None,) * (axes + 2), f"{lead}, H, K")
+    rows, (H, K) = q.shape[:axes], q.shape[axes:]
+    expect_shape(op, "k", k, (*rows, H, K), f"{lead}, H, K")
+    expect_shape(op, value, write_value, (*rows, None, None), f"{lead}, HV, V")
+    HV, V = write_value.shape[axes:]
+    check_heads(op, H, HV, K)
     if erase_key is not None:
-        heads = H if erase_key.dim() == 4 and erase_key.shape[2] == H else HV
-        expect_shape(op, "erase_key", erase_key, (B, T, heads, K), "B, T, H or HV, K")
-    if log_decay.dim() == 3:
-        expect_shape(op, "log_decay", log_decay, (B, T, HV), "B, T, HV")
+        heads = H if erase_key.dim() == axes + 2 and erase_key.shape[axes] == H else HV
+        expect_shape(op, "erase_key", erase_key, (*rows, heads, K), f"{lead}, H or HV, K")
+    if log_decay.dim() == axes + 1:
+        expect_shape(op, "log_decay", log_decay, (*rows, HV), f"{lead}, HV")
     else:
-        expect_shape(op, "log_decay", log_decay, (B, T, HV, K), "B, T, HV, K; or [B, T, HV] for one decay a head")
-    expect_same_device(
-        op, q=q, k=k, erase_key=erase_key, write_value=write_value, log_decay=log_decay, initial_state=initial_state
-    )
-    N = B if cu_seqlens is None else expect_cu_seqlens(op, cu_seqlens, B, q.device)
+        one = f"{lead}, HV, K; or [{lead}, HV] for one decay a head"
+        expect_shape(op, "log_decay", log_decay, (*rows, HV, K), one)
+    others = {"erase_key": erase_key, value: write_value, "log_decay": log_decay, "initial_state": initial_state}
+    expect_same_device(op, q=q, k=k, **others)
+    N = rows[0] if cu_seqlens is None else expect_cu_seqlens(op, cu_seqlens, rows[0], q.device)
     if initial_state is not None:
         expect_shape(op, "initial_state", initial_state, (N, HV, K, V), "N, HV, K, V")
         check_state_dtype(op, "initial_state", initial_state, write_value)
+
+
+def check_heads(op: str, H: int, HV: int, K: int) -> None:
+    """Raise ShapeError unless there are heads, in groups of one size, with at least one channel."""
+    if H == 0 or HV == 0 or HV % H:
+        raise ShapeError(f"{op}: HV is {HV} and H is {H}, expected HV to be a multiple of H, both at least 1.")
+    if K == 0:
+        raise ShapeError(f"{op}: K is 0, expected at least one channel.")
 
 
 def check_state_dtype(op: str, name: str, state: Tensor, value: Tensor) -> None:
@@ -206,6 +216,15 @@ def check_state_dtype(op: str, name: str, state: Tensor, value: Tensor) -> None:
     expected = wide_dtype(value.dtype)
     if state.dtype != expected:
         raise DtypeError(f"{op}: {name} is {state.dtype}, expected {expected}; states are never kept in less.")
+
+
+def check_pool(op: str, q: Tensor, value: Tensor, pool: Tensor, slots: Tensor) -> None:
+    """Raise the error for a pool of states, or slots, that do not fit queries [N, H, K] and values [N, HV, V]."""
+    expect_shape(op, "pool", pool, (None, value.shape[1], q.shape[2], value.shape[2]), "S, HV, K, V")
+    expect_shape(op, "slots", slots, (q.shape[0],), "N")
+    expect_integer(op, "slots", slots)
+    expect_same_device(op, q=q, pool=pool, slots=slots)
+    check_state_dtype(op, "pool", pool, value)
 
 
 def check_values(op: str, log_decay: Tensor) -> None:

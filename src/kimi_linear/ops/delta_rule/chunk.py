@@ -17,7 +17,6 @@ last row. The backward keeps nothing of the forward but its inputs: it sweeps fo
 starts, then visits the tiles from the last.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -91,16 +90,13 @@ def plan(source: Source, cu_seqlens: Tensor | None) -> Iterable[Group]:
     """Cut the tokens of a source into groups and tiles."""
     value = source.value
     B, T, HV, V = value.shape
-    offsets = None if cu_seqlens is None else read_cu_seqlens(cu_seqlens, T)
-    longest = T if offsets is None else max(end - start for start, end in itertools.pairwise(offsets))
-    if longest == 0:
-        return []
-    chunk = chunk_length(longest, CHUNK)
-    rows = max(1, TILE_ELEMENTS // (chunk * max(source.key_dim, V) * HV))
+    # Where channels are few, the scores [C, C] are the largest factor.
+    tokens = TILE_ELEMENTS // (max(source.key_dim, V, CHUNK) * HV)
     least = -(-WAVE_ROWS // HV)
-    if offsets is None:
-        return plan_dense(B, T, chunk, rows, least)
-    return plan_packed(offsets, chunk, rows, least, value.device)
+    if cu_seqlens is not None:
+        return plan_packed(read_cu_seqlens(cu_seqlens, T), CHUNK, tokens, least, value.device)
+    chunk = chunk_length(T, CHUNK)
+    return plan_dense(B, T, chunk, max(1, tokens // chunk), least)
 
 
 def _waves(tile: Tile, heads: int) -> list[slice]:

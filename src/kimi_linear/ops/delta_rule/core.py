@@ -2,16 +2,15 @@
 
 from torch import Tensor
 
-from kimi_linear.base.errors import ConfigError, ShapeError
+from kimi_linear.base.errors import ConfigError
 from kimi_linear.ops.checks import (
     describe_call,
     expect_cu_seqlens,
     expect_floating,
-    expect_integer,
     expect_same_device,
     expect_shape,
 )
-from kimi_linear.ops.delta_rule.api import check_state_dtype
+from kimi_linear.ops.delta_rule.api import check_heads, check_pool, check_state_dtype
 from kimi_linear.ops.delta_rule.core_chunk import kda_core_chunk, kda_core_decode_chunk
 from kimi_linear.ops.delta_rule.decode import refuse_gradients
 from kimi_linear.ops.delta_rule.fronts import gated_delta_rule_decode, kda
@@ -197,15 +196,20 @@ def kda_core_decode(
         Output [N, HV, V] in the dtype of v.
 
     Raises:
-        As `kda_core`; BackendError too when a gradient is needed.
+        ShapeError, DtypeError, DeviceError, ConfigError: As for `kda_core`.
+        BackendError: As for `kda_core`, and when a gradient is needed.
+
+    Example:
+        >>> import torch
+        >>> q, k, gate = (torch.randn(2, 1, 8) for _ in range(3))
+        >>> v, beta, pool = torch.randn(2, 1, 4), torch.randn(2, 1), torch.zeros(3, 1, 8, 4)
+        >>> o = kda_core_decode(q, k, v, gate, beta, torch.zeros(1), torch.zeros(8), pool, torch.tensor([2, -1]))
+        >>> o[1]
+        tensor([[0., 0., 0., 0.]])
     """
     op = "kda_core_decode"
     _check(op, q, k, v, gate, beta, A_log, dt_bias, lower_bound, "N")
-    expect_shape(op, "pool", pool, (None, v.shape[1], q.shape[-1], v.shape[2]), "S, HV, K, V")
-    expect_shape(op, "slots", slots, (q.shape[0],), "N")
-    expect_integer(op, "slots", slots)
-    expect_same_device(op, q=q, pool=pool, slots=slots)
-    check_state_dtype(op, "pool", pool, v)
+    check_pool(op, q, v, pool, slots)
     sizes = {"N": q.shape[0], "H": q.shape[1], "HV": v.shape[1], "K": q.shape[2], "V": v.shape[2]}
     call = describe_call(q, k, v, gate, beta, A_log, dt_bias, pool, sizes=sizes)
     run = KDA_CORE_DECODE.choose(call, backend).run
@@ -239,8 +243,7 @@ def _check(
     expect_shape(op, "k", k, (*rows, H, K), f"{lead}, H, K")
     expect_shape(op, "v", v, (*rows, None, None), f"{lead}, HV, V")
     HV = v.shape[axes]
-    if H == 0 or HV % H:
-        raise ShapeError(f"{op}: HV is {HV} and H is {H}, expected HV to be a multiple of H.")
+    check_heads(op, H, HV, K)
     expect_shape(op, "gate", gate, (*rows, HV, K), f"{lead}, HV, K")
     expect_shape(op, "beta", beta, (*rows, HV), f"{lead}, HV")
     if A_log is not None:

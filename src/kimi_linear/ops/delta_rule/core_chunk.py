@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_linear.ops.autocast import without_autocast
@@ -33,9 +32,23 @@ def normalise_backward(d_y: Tensor, y: Tensor, root: Tensor) -> Tensor:
     return root * (d_y - y * (y * d_y).sum(-1, keepdim=True))
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), written out: see `softplus`."""
+    return x.neg().exp_().add_(1).reciprocal_()
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)).
+
+    Written out because torch's own softplus and sigmoid treat the last elements of a tensor, those that do not fill a
+    vector register, in another way than the rest: a row's result would depend on how many rows are beside it.
+    """
+    return x.abs().neg_().exp_().log1p_().add_(x.clamp(min=0))
+
+
 def log_decay_of(u: Tensor, rate: Tensor, lower_bound: float | None) -> Tensor:
     """g = -a softplus(u), or lower_bound * sigmoid(a u)."""
-    return -rate * F.softplus(u) if lower_bound is None else lower_bound * torch.sigmoid(rate * u)
+    return softplus(u) * -rate if lower_bound is None else sigmoid(rate * u) * lower_bound
 
 
 def log_decay_backward(
@@ -43,7 +56,7 @@ def log_decay_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return dx and the summands of dA_log."""
     if lower_bound is None:
-        return -rate * torch.sigmoid(u) * d_g, d_g * g
+        return -rate * sigmoid(u) * d_g, d_g * g
     # g (1 - g / bound) is bound * s (1 - s).
     d_x = rate * d_g * g * (1 - g / lower_bound)
     return d_x, d_x * u
@@ -105,7 +118,7 @@ class CoreSource:
         if valid is not None:
             # The gate of a row without a token is not the gate of a zero logit: it must not decay the state.
             g.masked_fill_(~valid[:, None, :, None], 0)
-        strength = tile.load(self.beta, self.dtype).sigmoid_().mul_(self.beta_scale)
+        strength = sigmoid(tile.load(self.beta, self.dtype)).mul_(self.beta_scale)
         rows = [x.flatten(0, 1) for x in (expand_heads(q, HV, 1), k, strength * k, strength * v, g)]
         return CoreTerms(rows[0], rows[1], rows[2], rows[3], rows[4], q_root, k_root, u, strength, v)
 
@@ -269,7 +282,7 @@ def kda_core_decode_chunk(
     q_unit, k_unit = (normalise(x.to(dtype))[0] for x in (q, k))
     u = gate.to(dtype) if dt_bias is None else gate.to(dtype) + dt_bias.to(dtype).view(HV, -1)
     rate = u.new_ones(HV, 1) if A_log is None else A_log.to(dtype).exp().view(HV, 1)
-    strength = (beta.to(dtype).sigmoid() * beta_scale).unsqueeze(-1)
+    strength = (sigmoid(beta.to(dtype)) * beta_scale).unsqueeze(-1)
     erase = strength * expand_heads(k_unit, HV, 1)
     g = log_decay_of(u, rate, lower_bound)
     return advance(q_unit, k_unit, erase, strength * v.to(dtype), g, pool, slots, scale, "post").to(v.dtype)

@@ -6,8 +6,8 @@ Products with a gate are taken in float32 (float64 for float64 inputs) and hande
 from torch import Tensor
 
 from kimi_linear.base.errors import ShapeError
-from kimi_linear.ops.checks import expect_shape
-from kimi_linear.ops.delta_rule.api import Read, delta_rule, delta_rule_decode
+from kimi_linear.ops.checks import expect_floating, expect_same_device, expect_shape
+from kimi_linear.ops.delta_rule.api import Read, check_inputs, check_pool, check_read, delta_rule, delta_rule_decode
 from kimi_linear.ops.delta_rule.layout import expand_heads, wide_dtype
 
 
@@ -18,32 +18,35 @@ def _gated(x: Tensor, gate: Tensor) -> Tensor:
     return expand_heads(x, gate.shape[dim], dim).to(dtype) * gate.to(dtype)
 
 
-def _write(op: str, k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return beta k and beta v, checked."""
-    expect_shape(op, "v", v, (*k.shape[:-2], None, None), "B, T, HV, V" if k.dim() == 4 else "N, HV, V")
-    expect_shape(op, "beta", beta, v.shape[:-1], "B, T, HV" if k.dim() == 4 else "N, HV")
-    if v.shape[-2] % max(1, k.shape[-2]):
-        raise ShapeError(f"{op}: HV is {v.shape[-2]} and H is {k.shape[-2]}, expected HV to be a multiple of H.")
-    return _gated(k, beta), _gated(v, beta)
-
-
-def _vector(op: str, log_decay: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check a decay per channel, and name the front for one decay a head."""
-    if log_decay.dim() == v.dim() - 1:
-        raise ShapeError(
-            f"{op}: log_decay is {list(log_decay.shape)}, expected {[*v.shape[:-1], k.shape[-1]]} (B, T, HV, K); for "
-            "one decay a head use gated_delta_rule."
-        )
-    expect_shape(op, "log_decay", log_decay, (*v.shape[:-1], k.shape[-1]), "B, T, HV, K")
-
-
-def _scalar(op: str, log_decay: Tensor, v: Tensor) -> None:
-    if log_decay.dim() == v.dim():
+def _check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    scalar: bool,
+) -> None:
+    """Raise the error for the first argument that disagrees, under the front's name, or that is for another front."""
+    check_inputs(op, q, k, None, v, log_decay, initial_state, cu_seqlens, value="v")
+    if scalar and log_decay.dim() == 4:
         raise ShapeError(
             f"{op}: log_decay is {list(log_decay.shape)}, expected {list(v.shape[:-1])} (B, T, HV); for a decay per "
             "channel use kda or gdn2."
         )
-    expect_shape(op, "log_decay", log_decay, v.shape[:-1], "B, T, HV")
+    if not scalar and log_decay.dim() == 3:
+        raise ShapeError(
+            f"{op}: log_decay is {list(log_decay.shape)}, expected {[*v.shape[:-1], k.shape[-1]]} (B, T, HV, K); for "
+            "one decay a head use gated_delta_rule."
+        )
+
+
+def _check_strength(op: str, name: str, strength: Tensor, v: Tensor, letters: str = "B, T, HV") -> None:
+    expect_floating(op, **{name: strength})
+    expect_shape(op, name, strength, v.shape[:-1], letters)
+    expect_same_device(op, v=v, **{name: strength})
 
 
 def kda(
@@ -87,13 +90,13 @@ def kda(
         >>> state.shape
         torch.Size([1, 2, 8, 8])
     """
-    erase_key, write_value = _write("kda", k, v, beta)
-    _vector("kda", log_decay, k, v)
+    _check("kda", q, k, v, log_decay, initial_state, cu_seqlens, scalar=False)
+    _check_strength("kda", "beta", beta, v)
     o, state = delta_rule(
         q,
         k,
-        erase_key,
-        write_value,
+        _gated(k, beta),
+        _gated(v, beta),
         log_decay,
         scale=scale,
         initial_state=initial_state,
@@ -127,13 +130,13 @@ def gated_delta_rule(
         >>> o.shape
         torch.Size([1, 5, 4, 8])
     """
-    erase_key, write_value = _write("gated_delta_rule", k, v, beta)
-    _scalar("gated_delta_rule", log_decay, v)
+    _check("gated_delta_rule", q, k, v, log_decay, initial_state, cu_seqlens, scalar=True)
+    _check_strength("gated_delta_rule", "beta", beta, v)
     o, state = delta_rule(
         q,
         k,
-        erase_key,
-        write_value,
+        _gated(k, beta),
+        _gated(v, beta),
         log_decay,
         scale=scale,
         initial_state=initial_state,
@@ -173,9 +176,20 @@ def gated_delta_rule_decode(
 
     Raises:
         ShapeError, DtypeError, DeviceError, BackendError: As for `delta_rule_decode`.
+
+    Example:
+        >>> import torch
+        >>> k = torch.nn.functional.normalize(torch.randn(2, 1, 8), dim=-1)
+        >>> pool, slots = torch.zeros(3, 1, 8, 4), torch.tensor([2, 0])
+        >>> v, log_decay, beta = torch.randn(2, 1, 4), -torch.rand(2, 1), torch.rand(2, 1)
+        >>> gated_delta_rule_decode(k, k, v, log_decay, beta, pool, slots).shape
+        torch.Size([2, 1, 4])
     """
-    erase_key, write_value = _write("gated_delta_rule_decode", k, v, beta)
-    o = delta_rule_decode(q, k, erase_key, write_value, log_decay, pool, slots, scale=scale, backend=backend)
+    op = "gated_delta_rule_decode"
+    check_inputs(op, q, k, None, v, log_decay, None, None, lead="N", value="v")
+    _check_strength(op, "beta", beta, v, "N, HV")
+    check_pool(op, q, v, pool, slots)
+    o = delta_rule_decode(q, k, _gated(k, beta), _gated(v, beta), log_decay, pool, slots, scale=scale, backend=backend)
     return o.to(v.dtype)
 
 
@@ -208,11 +222,24 @@ def gdn2(
 
     Returns:
         Output [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, BackendError: As for `delta_rule`.
+
+    Example:
+        >>> import torch
+        >>> k = torch.nn.functional.normalize(torch.randn(1, 5, 2, 8), dim=-1)
+        >>> b, w = torch.rand(1, 5, 2, 8), torch.rand(1, 5, 2, 4)
+        >>> o, state = gdn2(k, k, torch.randn(1, 5, 2, 4), -torch.rand(1, 5, 2, 8), b, w)
+        >>> o.shape
+        torch.Size([1, 5, 2, 4])
     """
-    _vector("gdn2", log_decay, k, v)
+    _check("gdn2", q, k, v, log_decay, initial_state, cu_seqlens, scalar=False)
+    expect_floating("gdn2", erase_gate=erase_gate, write_gate=write_gate)
     expect_shape("gdn2", "write_gate", write_gate, v.shape, "B, T, HV, V")
     heads = k.shape[2] if erase_gate.dim() == 4 and erase_gate.shape[2] == k.shape[2] else v.shape[2]
     expect_shape("gdn2", "erase_gate", erase_gate, (*k.shape[:2], heads, k.shape[3]), "B, T, H or HV, K")
+    expect_same_device("gdn2", v=v, erase_gate=erase_gate, write_gate=write_gate)
     o, state = delta_rule(
         q,
         k,
@@ -258,15 +285,27 @@ def comba(
 
     Returns:
         Output [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, BackendError: As for `delta_rule`.
+
+    Example:
+        >>> import torch
+        >>> k = torch.nn.functional.normalize(torch.randn(1, 5, 2, 8), dim=-1)
+        >>> log_decay, beta = -torch.rand(1, 5, 2), torch.rand(1, 5, 2)
+        >>> o, state = comba(k, k, torch.randn(1, 5, 2, 4), log_decay, beta, 0.7 * beta)
+        >>> o.shape
+        torch.Size([1, 5, 2, 4])
     """
-    _, write_value = _write("comba", k, v, beta)
-    _scalar("comba", log_decay, v)
-    expect_shape("comba", "erase_strength", erase_strength, beta.shape, "B, T, HV")
+    _check("comba", q, k, v, log_decay, initial_state, cu_seqlens, scalar=True)
+    _check_strength("comba", "beta", beta, v)
+    _check_strength("comba", "erase_strength", erase_strength, v)
+    check_read("comba", read)
     o, state = delta_rule(
         q,
         k,
         _gated(k, erase_strength),
-        write_value,
+        _gated(v, beta),
         log_decay,
         scale=scale,
         initial_state=initial_state,
@@ -303,7 +342,18 @@ def ssd(
 
     Returns:
         Output [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, BackendError: As for `delta_rule`.
+
+    Example:
+        >>> import torch
+        >>> C, B = torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8)
+        >>> o, state = ssd(C, B, torch.randn(1, 5, 4, 16), -torch.rand(1, 5, 4))
+        >>> state.shape
+        torch.Size([1, 4, 8, 16])
     """
+    check_inputs("ssd", q, k, None, v, log_decay, initial_state, cu_seqlens, value="v")
     return delta_rule(
         q,
         k,

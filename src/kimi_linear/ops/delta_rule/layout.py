@@ -156,31 +156,43 @@ def plan_dense(B: int, T: int, chunk: int, rows: int, least: int) -> Iterator[Gr
         yield Group(slice(first, last), tiles)
 
 
-def plan_packed(offsets: list[int], chunk: int, rows: int, least: int, device: torch.device) -> Iterator[Group]:
-    """Cut packed sequences into groups and tiles of at most `rows` chunks a tile (at least one)."""
+def plan_packed(offsets: list[int], limit: int, tokens: int, least: int, device: torch.device) -> Iterator[Group]:
+    """Cut packed sequences into groups and tiles of at most `tokens` tokens a tile (at least one chunk).
+
+    The sequences of a group have one chunk length, that which each would have alone: what else is in the pack does not
+    touch a sequence's result, and short sequences beside a long one are not padded to its chunks. Empty sequences are
+    in no group.
+    """
     starts = torch.tensor(offsets[:-1])
     lengths = torch.tensor(offsets[1:]) - starts
     # Longest first, so that the sequences still active in a wave are a prefix of the group.
     order = torch.argsort(lengths, descending=True, stable=True)
+    order = order[lengths[order] > 0]
+    while len(order):
+        chunk = chunk_length(int(lengths[order[0]]), limit)
+        rows = max(1, tokens // chunk)
+        alike = int((lengths[order] > chunk // 2).sum())
+        n = min(alike, group_size(-(-int(lengths[order[0]]) // chunk), rows, least))
+        sequences, order = order[:n], order[n:]
+        tiles = _packed_tiles(starts[sequences], lengths[sequences], chunk, rows, device)
+        yield Group(sequences.to(device), list(tiles))
+
+
+def _packed_tiles(starts: Tensor, lengths: Tensor, chunk: int, rows: int, device: torch.device) -> Iterator[Tile]:
+    """Cut a group's sequences, longest first, into tiles of whole waves."""
     chunks = -(-lengths // chunk)
+    active = (chunks[:, None] > torch.arange(int(chunks[0]))).sum(0).tolist()
     steps = torch.arange(chunk)
-    first = 0
-    while first < len(order):
-        sequences = order[first : first + group_size(int(chunks[order[first]]), rows, least)]
-        first += len(sequences)
-        waves = int(chunks[sequences[0]])
-        active = (chunks[sequences][:, None] > torch.arange(waves)).sum(0).tolist()
-        tiles: list[Tile] = []
-        wave = 0
-        while wave < waves:
-            end, held = wave + 1, active[wave]
-            while end < waves and held + active[end] <= rows:
-                held += active[end]
-                end += 1
-            at = torch.cat([torch.full((active[w],), w * chunk) for w in range(wave, end)])
-            who = torch.cat([sequences[: active[w]] for w in range(wave, end)])
-            within = at[:, None] + steps
-            index = (starts[who][:, None] + within).clamp(max=offsets[-1] - 1)
-            tiles.append(PackedTile(active[wave:end], index.to(device), (within < lengths[who][:, None]).to(device)))
-            wave = end
-        yield Group(sequences.to(device), tiles)
+    wave = 0
+    while wave < len(active):
+        end, held = wave + 1, active[wave]
+        while end < len(active) and held + active[end] <= rows:
+            held += active[end]
+            end += 1
+        at = torch.cat([torch.full((active[w],), w * chunk) for w in range(wave, end)])
+        who = torch.cat([torch.arange(active[w]) for w in range(wave, end)])
+        within, limits = at[:, None] + steps, lengths[who][:, None]
+        # Rows past the end point at the last token of their sequence.
+        index = starts[who][:, None] + within.minimum(limits - 1)
+        yield PackedTile(active[wave:end], index.to(device), (within < limits).to(device))
+        wave = end

@@ -237,12 +237,13 @@ DELTA_RULE_CASES: dict[str, DeltaRuleCase] = {
 CORE_CASES: dict[str, CoreCase] = {
     case.name: case
     for case in (
-        *(CoreCase(name=f"T{T}", T=T) for T in (0, 1, 2, 31, 33, 64, 97, 160)),
+        *(CoreCase(name=f"T{T}", T=T) for T in LENGTHS),
         CoreCase(name="bounded", lower_bound=-5.0, T=65),
         CoreCase(name="bounded_no_rate", lower_bound=-5.0, has_rate=False, T=40),
         CoreCase(name="no_bias", has_bias=False, T=40),
         CoreCase(name="neg_eigval", allow_neg_eigval=True, T=65),
-        CoreCase(name="grouped", HV=4, B=2, T=40, initial_state=False),
+        CoreCase(name="grouped_2", HV=4, B=2, T=40, initial_state=False),
+        CoreCase(name="grouped_4", H=1, HV=4, T=40),
         CoreCase(name="K60_V100", K=60, V=100, H=1, T=40),
         CoreCase(name="zero_rows", zero_rows=True, T=40),
         CoreCase(name="extreme", logits=50.0, bias=8.0, rate=4.0, T=65),

@@ -24,7 +24,7 @@ from kimi_linear.causal_lm import KimiLinearForCausalLM, load_model
 from kimi_linear.evaluation.decode_cost import measure_decode
 from kimi_linear.models.kimi_linear.presets import preset
 from kimi_linear.recipes.demo import plots, report
-from kimi_linear.recipes.train import DataConfig, RunConfig, RunResult, train
+from kimi_linear.recipes.train import DataConfig, EvalConfig, RunConfig, RunResult, train
 from kimi_linear.training.callbacks.jsonl import read_metrics
 from kimi_linear.training.data import TextSource, Tokenizer, compressed_bits_per_byte
 from kimi_linear.training.loop import TrainConfig
@@ -95,9 +95,10 @@ def training_run(config: DemoConfig) -> RunConfig:
         run_dir=str(Path(config.directory) / "train"),
         model=config.model,
         data=DataConfig(seq_len=256, batch_size=8),
-        train=TrainConfig(max_minutes=config.minutes, eval_every=100, precision="fp32", checkpoint_minutes=1.0),
-        optim=OptimConfig(name="muon", learning_rate=4e-3),
-        schedule=ScheduleConfig(name="wsd", warmup=0.02, decay=0.5, final=0.05),
+        evaluation=EvalConfig(batches=8),
+        train=TrainConfig(max_minutes=config.minutes, accumulation=2, eval_every=40, checkpoint_minutes=1.0),
+        optim=OptimConfig(name="muon", learning_rate=1e-2),
+        schedule=ScheduleConfig(name="wsd", warmup=0.03, decay=0.5, final=0.05),
         seed=config.seed,
     )
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from kimi_linear.base.files import atomic_file
 from kimi_linear.training.callbacks.base import Callback, EvalRecord, FitResult, StepRecord
+from kimi_linear.training.data.writing import explain_write_errors
 
 
 class JsonlMetrics(Callback):
@@ -26,9 +28,10 @@ class JsonlMetrics(Callback):
     def on_start(self, step: int) -> None:
         """Drop what is later than `step` and open the file for appending."""
         kept = [entry for entry in read_metrics(self._path) if entry["step"] <= step]
-        with atomic_file(self._path) as temporary:
-            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
+        with explain_write_errors(self._path):
+            with atomic_file(self._path) as temporary:
+                temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+            self._file = self._path.open("a", encoding="utf-8")
 
     def on_step(self, record: StepRecord) -> None:
         """Append a step."""
@@ -41,22 +44,27 @@ class JsonlMetrics(Callback):
     def on_end(self, result: FitResult) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            # What could not be written was said when it was tried; closing tries it once more.
+            with suppress(OSError):
+                self._file.close()
             self._file = None
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self._file is None:
             raise RuntimeError("JsonlMetrics wrote before on_start")
-        self._file.write(_line(entry))
-        # One line leaves the process at a time, so a kill can cut the last line only.
-        self._file.flush()
+        with explain_write_errors(self._path):
+            self._file.write(_line(entry))
+            # One line leaves the process at a time, so a kill can cut the last line only.
+            self._file.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a metrics file in order; what a kill or a power cut left unreadable is left out.
+    r"""Return the entries of a metrics file in order; what a kill or a power cut left unreadable is left out.
 
     Example:
-        >>> losses = [entry["loss"] for entry in read_metrics(path) if entry["kind"] == "step"]
+        >>> _ = Path("metrics.jsonl").write_text('{"kind": "step", "step": 1, "loss": 2.5}\n{"kind": "ste')
+        >>> [entry["loss"] for entry in read_metrics(Path("metrics.jsonl"))]
+        [2.5]
     """
     if not path.exists():
         return []

@@ -24,12 +24,13 @@ class DeltaMixer(Mixer, SelfInitialised):
 
     FLOAT32: ClassVar[frozenset[str]] = DeltaConfig.float32
     STATE: ClassVar[type[DeltaState]]
+    config: DeltaConfig
     # Of the output gate.
     gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
 
     def __init__(self, config: DeltaConfig, hidden_size: int, num_decays: int) -> None:
         super().__init__()
-        self.sizes = config
+        self.config = config
         self.hidden_size = hidden_size
         key, value = config.key_channels, config.value_channels
         self.q_proj = linear(hidden_size, key)
@@ -63,7 +64,7 @@ class DeltaMixer(Mixer, SelfInitialised):
 
     def new_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> DeltaState:
         """Return the all-zero state before the first token."""
-        c = self.sizes
+        c = self.config
         shape = (batch_size, c.value_heads, c.head_dim, c.value_dim)
         recurrent_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -103,7 +104,7 @@ class DeltaMixer(Mixer, SelfInitialised):
         return self.core_decode(*self._heads(q, k, v), x, state.recurrent, slots)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c = self.sizes
+        c = self.config
         key, value = (c.num_heads, c.head_dim), (c.value_heads, c.value_dim)
         return q.unflatten(-1, key), k.unflatten(-1, key), v.unflatten(-1, value)
 

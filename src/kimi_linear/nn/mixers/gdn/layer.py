@@ -30,10 +30,10 @@ class GatedDeltaNet(DeltaMixer):
     """
 
     STATE: ClassVar[type[DeltaState]] = GDNState
+    config: GDNConfig
 
     def __init__(self, config: GDNConfig, hidden_size: int) -> None:
         super().__init__(config, hidden_size, config.value_heads)
-        self.config = config
         self.gate_activation = config.gate_activation
         self.a_proj = linear(hidden_size, config.value_heads)
         if config.full_rank_gate:

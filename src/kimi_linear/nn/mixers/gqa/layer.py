@@ -42,7 +42,7 @@ class GroupedQueryAttention(Mixer):
         """Return the empty state before the first token."""
         shape = (batch_size, 0, self.config.num_kv_heads, self.config.head_dim)
         return GQAState(
-            lengths=torch.zeros(batch_size, dtype=torch.int64),
+            lengths=torch.zeros(batch_size, dtype=torch.int64, device="cpu"),
             window=self.config.window,
             keys=torch.zeros(shape, device=device, dtype=dtype),
             values=torch.zeros(shape, device=device, dtype=dtype),

@@ -27,11 +27,11 @@ class KimiDeltaAttention(DeltaMixer):
     """
 
     STATE: ClassVar[type[DeltaState]] = KDAState
+    config: KDAConfig
 
     def __init__(self, config: KDAConfig, hidden_size: int) -> None:
         decays, rank = config.value_heads * config.head_dim, config.head_dim
         super().__init__(config, hidden_size, decays)
-        self.config = config
         self.f_a_proj = linear(hidden_size, rank)
         self.f_b_proj = linear(rank, decays)
         self.g_a_proj = linear(hidden_size, rank)

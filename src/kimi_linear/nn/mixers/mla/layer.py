@@ -43,7 +43,7 @@ class MultiHeadLatentAttention(Mixer):
     def new_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> MLAState:
         """Return the empty state before the first token."""
         return MLAState(
-            lengths=torch.zeros(batch_size, dtype=torch.int64),
+            lengths=torch.zeros(batch_size, dtype=torch.int64, device="cpu"),
             latent=torch.zeros(batch_size, 0, self.config.kv_lora_rank, device=device, dtype=dtype),
             key_rope=torch.zeros(batch_size, 0, self.config.qk_rope_head_dim, device=device, dtype=dtype),
         )
