@@ -1,7 +1,6 @@
 """The incumbent's call signatures: recorded as data, and every call equal to our own operators."""
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kimi_linear.base.errors import BackendError, ConfigError, DtypeError, ShapeError
+from kimi_linear.base.errors import ConfigError, ShapeError
 from kimi_linear.compat import fla
 from kimi_linear.ops import forget_gate, gated_delta_rule, kda, kda_core, l2_norm
 from support import ops
+from support.fla import GDN, HV, KDA, B, H, K, T, V, assert_same, call, draw, parameters
 
 NEEDED = inspect.Parameter.empty
 QKV = {"q": NEEDED, "k": NEEDED, "v": NEEDED}
@@ -44,11 +44,6 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "g": NEEDED, "A_log": None, "dt_bias": None, "lower_bound": None, "output_dtype": torch.float32,
     },
 }  # fmt: skip
-KDA = ("chunk_kda", "fused_recurrent_kda")
-GDN = ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
-B, T, H, HV, K, V = 2, 70, 2, 4, 8, 6
-
-Result = tuple[Tensor, Tensor | None]
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -66,42 +61,8 @@ def test_every_public_name_is_recorded() -> None:
     assert set(fla.__all__) == set(SIGNATURES)
 
 
-def draw(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Return q, k, v, a decay and a strength for a function."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    q, k = (F.normalize(normal(B, T, H, K), dim=-1) for _ in range(2))
-    g = F.logsigmoid(normal(B, T, HV, K))
-    x = {
-        "q": q,
-        "k": k,
-        "v": normal(B, T, HV, V),
-        "g": g if name in KDA else g[..., 0],
-        "beta": normal(B, T, HV).sigmoid(),
-    }
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return {name: y.to(wide if name == "g" else dtype) for name, y in x.items()}
-
-
-def parameters(name: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    size = HV * K if name in KDA else HV
-    return {"A_log": torch.rand(HV, generator=generator), "dt_bias": torch.randn(size, generator=generator)}
-
-
-def call(name: str, *args: Any, **options: Any) -> Any:
-    return getattr(fla, name)(*args, **options)
-
-
 def plain(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return kda if name in KDA else gated_delta_rule
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 every = pytest.mark.parametrize("name", [*KDA, *GDN])
@@ -162,7 +123,7 @@ def test_the_old_spelling_of_v_first_works_and_warns(name) -> None:
     x = draw(name)
     expected = call(name, **x, output_final_state=True, state_v_first=True)
     with pytest.warns(DeprecationWarning, match=r"transpose_state_layout is now state_v_first") as caught:
-        found = call(name, **x, output_final_state=True, transpose_state_layout=True)
+        found = getattr(fla, name)(**x, output_final_state=True, transpose_state_layout=True)
     assert caught[0].filename == __file__
     assert_same(found, expected)
     with pytest.raises(ConfigError, match=r"are one option; give only state_v_first"):
@@ -435,98 +396,6 @@ def test_the_gate_alone_is_in_float32(dtype) -> None:
     assert_same(found, expected)
     assert fla.fused_kda_gate(logits, given["A_log"], output_dtype=torch.bfloat16).dtype == torch.bfloat16
     assert_same(fla.fused_kda_gate(logits, lower_bound=-5.0), -5 * torch.sigmoid(logits.float()))
-
-
-# Errors, each a ValueError.
-
-
-@every
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"allow_neg_eigval": True}, ConfigError, r"needs use_beta_sigmoid_in_kernel"),
-        ({"use_gate_in_kernel": True}, ConfigError, r"use_gate_in_kernel needs A_log \[HV\]"),
-        ({"head_first": True}, ConfigError, r"head_first is not supported; pass \[B, T, H, K\]"),
-        ({"cu_seqlens": torch.tensor([0, T])}, ShapeError, r"B is 2 with cu_seqlens, expected 1"),
-        ({"initial_state": torch.zeros(3, HV, K, V)}, ShapeError, r"initial_state is \[3, 4, 8, 6\], expected \[2, "),
-        ({"initial_state": torch.zeros(3)}, ShapeError, r"initial_state is \[3\], expected"),
-        ({"initial_state": torch.zeros(3), "state_v_first": True}, ShapeError, r"initial_state is \[3\], expected"),
-        ({"initial_state": torch.zeros(B, HV, K, V).bfloat16()}, DtypeError, r"expected torch.float32"),
-        ({"ssm_state_indices": torch.arange(B)}, ConfigError, r"ssm_state_indices is not supported; for a pool"),
-        ({"inplace_final_state": True}, ConfigError, r"inplace_final_state is not supported; for a pool"),
-    ],
-    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
-)
-def test_contradictions_are_refused(name, options, error, message) -> None:
-    with pytest.raises(error, match=message) as caught:
-        call(name, **draw(name), **options)
-    assert isinstance(caught.value, ValueError)
-
-
-@pytest.mark.parametrize("name", ["chunk_kda", "chunk_gated_delta_rule"])
-def test_a_context_parallel_group_is_refused(name) -> None:
-    with pytest.raises(BackendError, match=r"cp_context is not supported; split the sequence yourself"):
-        call(name, **draw(name), cp_context=object())
-
-
-@pytest.mark.parametrize(("name", "sizes"), [("chunk_kda", (32, 64)), ("chunk_gated_delta_rule", (16, 32, 64))])
-def test_chunk_size_is_a_hint_with_few_values(name, sizes) -> None:
-    x = draw(name)
-    for size in sizes:
-        assert torch.equal(call(name, **x, chunk_size=size)[0], call(name, **x)[0])
-    for size in (0, 8, 48, 128):
-        with pytest.raises(ConfigError, match=rf"chunk_size is {size}, expected"):
-            call(name, **x, chunk_size=size)
-
-
-@pytest.mark.parametrize("bound", [None, 0.0, -5.5, 1.0])
-def test_safe_gate_needs_a_bound_it_can_hold(bound) -> None:
-    x, given = draw("chunk_kda"), parameters("chunk_kda")
-    with pytest.raises(ConfigError, match=rf"safe_gate needs lower_bound in \[-5, 0\), given {bound}"):
-        fla.chunk_kda(**x, **given, use_gate_in_kernel=True, safe_gate=True, lower_bound=bound)
-
-
-@every
-def test_too_wide_keys_are_refused(name) -> None:
-    x = draw(name)
-    x["q"] = x["k"] = torch.zeros(B, T, H, 257)
-    with pytest.raises(ShapeError, match=r"K is 257, expected at most 256"):
-        call(name, **x)
-
-
-@every
-def test_value_heads_come_in_whole_groups(name) -> None:
-    x = draw(name)
-    x["q"] = x["k"] = torch.zeros(B, T, 3, K)
-    with pytest.raises(ShapeError, match=r"HV is 4 and H is 3, expected HV to be a multiple of H"):
-        call(name, **x)
-
-
-def test_other_requirements_of_the_gates() -> None:
-    x = draw("fused_recurrent_gated_delta_rule")
-    run = fla.fused_recurrent_gated_delta_rule
-    with pytest.raises(ConfigError, match=r"gv, a decay per value channel, is not supported"):
-        run(**x, gv=torch.zeros(B, T, HV, V))
-    with pytest.raises(ConfigError, match=r"use_gate_in_kernel needs g"):
-        run(x["q"], x["k"], x["v"], use_gate_in_kernel=True, A_log=torch.zeros(HV))
-    with pytest.raises(ConfigError, match=r"A_log is None, expected \[HV\] with the softplus gate"):
-        fla.fused_kda_gate(x["g"])
-
-
-@every
-def test_unknown_arguments_warn_and_change_nothing(name) -> None:
-    x = draw(name)
-    with pytest.warns(UserWarning, match=r"ignoring unknown arguments head_dim, speed") as caught:
-        found = call(name, **x, speed=3, head_dim=8)
-    assert caught[0].filename == __file__
-    assert torch.equal(found[0], call(name, **x)[0])
-
-
-@every
-def test_harmless_old_arguments_are_silent(name) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        call(name, **draw(name), head_first=False)
 
 
 def test_it_composes_as_a_layer_would_call_it() -> None:

@@ -101,6 +101,18 @@ def test_slot_minus_one_is_skipped(op, backend) -> None:
 
 
 @every_backend
+def test_minus_one_before_slot_zero_is_no_run_of_slots(op, backend) -> None:
+    inputs = draw(PLAIN[op])
+    slots = torch.tensor([-1, 0, 1, 2])
+    pool, scattered = (pool_of(inputs["initial_state"][1:], where) for where in (slots[1:], SLOTS[1:]))
+    o = step(op, inputs, 0, pool, slots, backend)
+    expected = step(op, inputs, 0, scattered, torch.cat([slots[:1], SLOTS[1:]]), backend)
+    assert torch.equal(o, expected)
+    assert torch.equal(pool[:3], scattered[SLOTS[1:]])
+    assert (pool[3:] == 1e30).all()
+
+
+@every_backend
 @pytest.mark.parametrize("rows", [0, 4])
 def test_nothing_to_do(op, backend, rows) -> None:
     """No sequences at all, or none of them on a slot."""

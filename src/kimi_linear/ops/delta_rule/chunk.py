@@ -212,7 +212,8 @@ def _tile_backward(
     d_queries, d_keys = torch.empty_like(scores.queries), torch.empty_like(scores.keys)
     d_z = torch.empty_like(terms.z)
     tail = torch.empty(R, K, dtype=d_o.dtype, device=d_o.device)
-    for rows, before in zip(reversed(waves), reversed(entering), strict=True):
+    for rows in reversed(waves):
+        before = entering.pop()
         d_active = d_state[: (rows.stop - rows.start) // heads].view(-1, K, V)
         d_written = torch.bmm(scores.keys[rows], d_active)
         d_written.baddbmm_(scores.blocks[rows, :, 0].transpose(1, 2), d_o[rows])
@@ -227,6 +228,7 @@ def _tile_backward(
         tail[rows] = torch.linalg.vecdot(before, d_active)
         d_active.baddbmm_(scores.queries[rows].view(-1, C * X, K).transpose(1, 2), both)
     d_blocks = torch.bmm(d_read.view(R, C * X, V), written.transpose(1, 2)).view(R, C, X, C)
+    del d_read, written, both
     gradients = settings.prepare_backward(terms, scores, d_queries, d_keys, d_blocks, tail, settings.read)
     gradients.z = d_z
     return gradients

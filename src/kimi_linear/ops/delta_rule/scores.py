@@ -165,7 +165,9 @@ def channel_scores_backward(
     # The decay of keys to the end of the chunk is also a function of G_C.
     tail = tail + (scores.keys * d_keys).sum(1)
     b = C // 2
-    for query_half, key_half, both in reversed(scores.joins):
+    while scores.joins:
+        # Taken off the list, so that each is freed once it is used.
+        query_half, key_half, both = scores.joins.pop()
         pairs = R * C // (2 * b)
         d_query_half = d_queries.view(pairs, 2, b * X, K)[:, 1]
         d_key_half = d_keys.view(pairs, 2, b, K)[:, 0]

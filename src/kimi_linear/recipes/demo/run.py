@@ -22,6 +22,7 @@ from kimi_linear.base.config import read_json
 from kimi_linear.base.files import atomic_file
 from kimi_linear.causal_lm import KimiLinearForCausalLM, load_model
 from kimi_linear.evaluation.decode_cost import measure_decode
+from kimi_linear.inference.params import SamplingParams
 from kimi_linear.models.kimi_linear.presets import preset
 from kimi_linear.recipes.demo import plots, report
 from kimi_linear.recipes.train import DataConfig, EvalConfig, RunConfig, RunResult, train
@@ -38,6 +39,7 @@ PROMPTS = (
     "My fellow citizens, the state of our Union",
     "I recommend to Congress that",
 )
+SAMPLING: dict[str, Any] = {"max_new_tokens": 120, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
@@ -129,9 +131,8 @@ def _samples(config: DemoConfig, result: RunResult) -> list[dict[str, str]]:
     samples = []
     for number, prompt in enumerate(PROMPTS):
         ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode(prompt)]])
-        seed = config.seed + number
-        new = model.generate(ids, max_new_tokens=120, temperature=0.7, top_p=0.95, seed=seed)[0, ids.shape[1] :]
-        text = tokenizer.decode(new.tolist(), skip_special=True)
+        output = model.generate(ids, SamplingParams(**SAMPLING, seed=config.seed + number))
+        text = tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special=True)
         samples.append({"prompt": prompt, "continuation": text})
     return samples
 
