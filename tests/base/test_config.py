@@ -109,3 +109,23 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
 
 def test_fields_keep_their_order_in_the_dictionary() -> None:
     assert list(to_dict(Outer(size=1))) == [f.name for f in fields(Outer)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"size": "2"}, "config.size is '2', expected int"),
+        ({"size": True}, "config.size is True, expected int"),
+        ({"size": 1, "rate": None}, "config.rate is None, expected float"),
+        ({"size": 1, "inner": {"width": 1, "names": [1]}}, r"config.inner.names is \[1\], expected tuple"),
+        ({"size": 1, "inner": 3}, "config.inner is int, expected an object"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_path(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(Outer, given)
+
+
+def test_nested_configs_are_built_and_an_integer_is_a_float_too() -> None:
+    config = from_dict(Outer, {"size": 1, "rate": 1, "inner": {"width": 2, "names": ["a"]}})
+    assert config == Outer(size=1, rate=1, inner=Inner(width=2, names=("a",)))

@@ -6,6 +6,8 @@ torch, so reading or writing a config costs no start-up time and needs no GPU.
 
 import dataclasses
 import json
+import types
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,9 +43,44 @@ def check_keys(cls: type, given: dict[str, Any], where: str) -> None:
 
 
 def from_dict(cls: type[C], given: dict[str, Any], where: str = "config") -> C:
-    """Build a flat config of type `cls`; lists become tuples. Nested configs are built by their owners."""
+    """Build a config from plain values, its parts included, checking keys and types; lists become tuples."""
     check_keys(cls, given, where)
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        hint, path = hints[name], f"{where}.{name}"
+        if dataclasses.is_dataclass(hint):
+            values[name] = from_dict(typing.cast(type, hint), value, path)
+            continue
+        check_type(value, hint, path)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def check_type(value: Any, hint: Any, where: str) -> None:
+    """Raise ConfigError unless a plain value is of the annotated type."""
+    if not _fits(value, hint):
+        raise ConfigError(f"{where} is {value!r}, expected {getattr(hint, '__name__', hint)}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a plain value is of the annotated type; an integer is a float too, a boolean is neither."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is typing.Literal:
+        return value in options
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in options)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return False
+        if options[-1] is Ellipsis:
+            return all(_fits(item, options[0]) for item in value)
+        return len(value) == len(options) and all(map(_fits, value, options))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
 
 
 def read_json(path: Path) -> dict[str, Any]:

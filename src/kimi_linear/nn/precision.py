@@ -1,7 +1,6 @@
 """What stays in float32 whatever the rest of a module is cast to."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -47,15 +46,3 @@ class Float32Parameters(nn.Module):
 def at_least_float32(x: Tensor) -> Tensor:
     """Return x in float32, or in float64 if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on for that type of device; devices without autocast say no."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Return a context in which torch's operators keep the dtypes they are given."""
-    if autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

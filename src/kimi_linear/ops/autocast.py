@@ -4,8 +4,16 @@ An op's implementation runs below the caller's autocast, which would otherwise c
 behind its back and make the result disagree with the fake kernel.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for that type of device; devices without autocast say no."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def cast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -14,12 +22,12 @@ def cast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     Float64 stays: autocast leaves it alone everywhere.
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which matrix products keep the dtype they are given."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device.type) else nullcontext()

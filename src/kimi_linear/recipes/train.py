@@ -16,20 +16,18 @@ import dataclasses
 import fcntl
 import json
 import random
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from kimi_linear.base.config import check_keys, read_json, to_dict
+from kimi_linear.base.config import from_dict, read_json, to_dict
 from kimi_linear.base.errors import ConfigError
 from kimi_linear.base.files import atomic_file
 from kimi_linear.checkpoint.save import save_checkpoint
@@ -55,7 +53,6 @@ from kimi_linear.training.precision import autocast
 from kimi_linear.training.schedule import ScheduleConfig, build_schedule
 
 Report = Callable[[str], None]
-C = TypeVar("C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +130,7 @@ class RunConfig:
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "RunConfig":
         """Build from plain values, as in config.json; unknown keys and values of another type are errors."""
-        return _build(cls, given, "config")
+        return from_dict(cls, given, "config")
 
     def network(self) -> KimiLinearConfig:
         """Return the model configuration: the preset or the given one, with the overrides laid over it."""
@@ -361,7 +358,7 @@ def _finished(directory: Path, config: RunConfig) -> RunResult | None:
     path = directory / "result.json"
     if not path.exists():
         return None
-    result = _build(RunResult, read_json(path), str(path))
+    result = from_dict(RunResult, read_json(path), str(path))
     if (result.max_steps, result.max_minutes) != (config.train.max_steps, config.train.max_minutes):
         return None
     return dataclasses.replace(result, run_dir=str(directory), model_dir=str(directory / "model"))
@@ -401,32 +398,3 @@ def _laid_over(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = _laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _build(cls: type[C], given: dict[str, Any], where: str) -> C:
-    """Build a config from plain values, its parts included, checking keys and types."""
-    check_keys(cls, given, where)
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        hint, path = hints[name], f"{where}.{name}"
-        if dataclasses.is_dataclass(hint):
-            values[name] = _build(typing.cast(type, hint), value, path)
-            continue
-        if not _fits(value, hint):
-            raise ConfigError(f"{path} is {value!r}, expected {getattr(hint, '__name__', hint)}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a plain value is of the annotated type; an integer is a float too, a boolean is neither."""
-    origin = typing.get_origin(hint)
-    if origin is types.UnionType:
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is tuple:
-        options = typing.get_args(hint)
-        return isinstance(value, list) and len(value) == len(options) and all(map(_fits, value, options))
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
-from kimi_linear.base.config import check_keys, to_dict
+from kimi_linear.base.config import check_keys, check_type, to_dict
 from kimi_linear.base.errors import ConfigError
 from kimi_linear.base.registry import unknown_name
 from kimi_linear.nn.component import Shapes, check_whole
@@ -124,6 +125,9 @@ class KimiLinearConfig:
     def from_dict(cls, given: dict[str, Any]) -> "KimiLinearConfig":
         """Build from plain values; unknown keys are errors naming the nearest known one."""
         check_keys(cls, given, "config")
+        for name, hint in typing.get_type_hints(cls).items():
+            if name in given and name not in ("blocks", "layers"):
+                check_type(given[name], hint, f"config.{name}")
         if not isinstance(given["blocks"], dict):
             raise ConfigError(f"config.blocks is {type(given['blocks']).__name__}, expected an object of named blocks.")
         if not isinstance(given["layers"], (list, tuple)):

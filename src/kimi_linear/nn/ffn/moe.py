@@ -17,7 +17,8 @@ from kimi_linear.nn.ffn.base import FFN
 from kimi_linear.nn.ffn.config import MoEConfig
 from kimi_linear.nn.ffn.swiglu import SwiGLU
 from kimi_linear.nn.init import DEFAULT_STD, SelfInitialised, init_weights
-from kimi_linear.nn.precision import Float32Parameters, at_least_float32, without_autocast
+from kimi_linear.nn.precision import Float32Parameters, at_least_float32
+from kimi_linear.ops.autocast import without_autocast
 from kimi_linear.ops.moe import grouped_mlp, route
 
 
@@ -48,7 +49,7 @@ class Router(Float32Parameters, SelfInitialised):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights [M, k], float32, and the experts [M, k] of each token of x [M, D]."""
-        with without_autocast(x.device.type):
+        with without_autocast(x.device):
             logits = F.linear(at_least_float32(x), self.weight.to(at_least_float32(x).dtype))
         weights, experts = route(
             logits,
