@@ -60,7 +60,8 @@ def from_dict(cls: type[C], given: dict[str, Any], where: str = "config") -> C:
 def check_type(value: Any, hint: Any, where: str) -> None:
     """Raise ConfigError unless a plain value is of the annotated type."""
     if not _fits(value, hint):
-        raise ConfigError(f"{where} is {value!r}, expected {getattr(hint, '__name__', hint)}.")
+        expected = hint if typing.get_args(hint) else getattr(hint, "__name__", hint)
+        raise ConfigError(f"{where} is {value!r}, expected {expected}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -51,8 +51,9 @@ def loss_curve(
     _save(figure, path)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
-    """Return the exponential moving average, started from the first value."""
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Return the exponential moving average over about a tenth of the values, started from the first."""
+    weight = 1 - min(1.0, 20 / max(1, len(values)))
     smooth, last = [], values[0] if values else 0.0
     for value in values:
         last = weight * last + (1 - weight) * value

@@ -199,8 +199,10 @@ def _draw(directory: Path, result: RunResult, results: dict[str, Any]) -> None:
 
 
 def _key(config: DemoConfig, result: RunResult) -> dict[str, Any]:
-    """Return what a step's result depends on."""
-    return {"demo": dataclasses.asdict(config) | {"contexts": list(config.contexts)}, "tokens": result.tokens}
+    """Return what a step's result depends on; where it lies is no part of it."""
+    demo = {**dataclasses.asdict(config), "contexts": list(config.contexts)}
+    del demo["directory"]
+    return {"demo": demo, "tokens": result.tokens}
 
 
 def _cached(path: Path, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
