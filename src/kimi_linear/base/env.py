@@ -28,7 +28,7 @@ class Variable:
 
 VARIABLES: dict[str, Variable] = {
     "KIMI_LINEAR_DEBUG": Variable(
-        _flag, False, "0 or 1", "check values too (log decay <= 0, finite inputs), at the price of a pass over them"
+        _flag, False, "0 or 1", "check values too (every log decay <= 0), at the price of a pass over them"
     ),
     "KIMI_LINEAR_BACKEND": Variable(
         str, "", "a backend's name, or empty", "the backend every operator must use unless the call names one"
