@@ -103,7 +103,7 @@ def test_no_other_expert_width_comes_nearer_the_study_s_active_parameters(name: 
     assert distance(chosen) == min(distance(chosen + step) for step in (-8, 0, 8))
 
 
-@pytest.mark.parametrize(("name", "total"), [("150m", 150e6), ("1b", 1e9)])
+@pytest.mark.parametrize(("name", "total"), [("150m", 150e6), ("300m", 300e6), ("1b", 1e9)])
 def test_small_models_are_as_large_as_their_names(name: str, total: float) -> None:
     assert preset(name).parameters() == pytest.approx(total, rel=0.02)
 

@@ -8,6 +8,15 @@ from typing import Any
 from kimi_linear.base.errors import ConfigError
 
 
+def _one_of(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(text)
+        return text
+
+    return parse
+
+
 def _flag(text: str) -> bool:
     if text.lower() in {"1", "true", "yes", "on"}:
         return True
@@ -26,12 +35,23 @@ class Variable:
     meaning: str
 
 
+_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+
 VARIABLES: dict[str, Variable] = {
     "KIMI_LINEAR_DEBUG": Variable(
         _flag, False, "0 or 1", "check values too (every log decay <= 0), at the price of a pass over them"
     ),
     "KIMI_LINEAR_BACKEND": Variable(
         str, "", "a backend's name, or empty", "the backend every operator must use unless the call names one"
+    ),
+    "KIMI_LINEAR_CPU_LEVEL": Variable(
+        _one_of("auto", "off", *_LEVELS),
+        "auto",
+        f"auto, off, {', '.join(_LEVELS)}",
+        "the instruction level of the native CPU kernels; off goes without them",
+    ),
+    "KIMI_LINEAR_CPU_LIBRARIES": Variable(
+        str, "", "a directory, or empty", "where the libraries of native CPU kernels are, if not in the package"
     ),
 }
 

@@ -6,7 +6,8 @@ DeltaNet in place of Kimi Delta Attention, same heads) and `<size>-mla` (latent 
 Sizes:
     tiny: every kind of layer in 0.3 million parameters, for tests.
     demo: trained in minutes on two CPU cores.
-    150m, 1b: small models; the name is the total number of parameters.
+    150m, 300m, 1b: small models; the name is about the total number of parameters. 300m is the shape that
+        benchmarks/ measures other engines beside; its widths are multiples of 256, the block of every quantised format.
     48b-a3b: the released moonshotai/Kimi-Linear-48B-A3B.
     scaling-653m ... scaling-1.7b: the scaling study of arXiv:2510.26692; the name is the number of active parameters.
 
@@ -92,6 +93,16 @@ SIZES: dict[str, Size] = {
         moe=MoEConfig(num_experts=16, top_k=4, intermediate_size=240, scaling=2.446),
         dense_width=1200,
         max_length=4096,
+    ),
+    "300m": Size(
+        vocab_size=32768,
+        hidden_size=1024,
+        num_layers=8,
+        kda=KDAConfig(num_heads=8, head_dim=128),
+        mla=_released_mla(8),
+        moe=MoEConfig(num_experts=16, top_k=4, intermediate_size=512, scaling=2.446),
+        dense_width=2048,
+        max_length=1048576,
     ),
     "1b": Size(
         vocab_size=65536,
