@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench gpu-check
+.PHONY: demo test test-levels sanitize check bench native gpu-check
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt csrc/build.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	touch $(STAMP)
@@ -16,6 +16,15 @@ demo: $(STAMP)  ## Train a small hybrid on real text, generate, compare with ful
 
 test: $(STAMP)  ## Run the test suite.
 	$(BIN)/python -m pytest --numprocesses auto
+
+test-levels: $(STAMP)  ## Run the operator tests at every instruction level, and without native kernels.
+	$(BIN)/python scripts/test_levels.py
+
+sanitize: $(STAMP)  ## Run the operator tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer.
+	$(BIN)/python scripts/test_levels.py --sanitize address,undefined
+
+native: $(STAMP)  ## Compile the native kernels again after a change in csrc.
+	$(BIN)/python csrc/build.py
 
 check: $(STAMP)  ## Format, lint, types, import direction.
 	$(BIN)/ruff format --check

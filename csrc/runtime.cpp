@@ -95,3 +95,26 @@ KL_EXPORT int64_t kl_set_threads(void* parallel_for, void* num_threads) {
   kl::torch_num_threads = reinterpret_cast<kl::NumThreads>(num_threads);
   return 0;
 }
+
+KL_EXPORT int64_t kl_num_threads() { return kl::num_threads(); }
+
+// --- for tests of this file
+
+KL_EXPORT int64_t kl_test_code(int64_t code) { return code; }
+
+// Take and give back scratch memory in nested scopes of growing size; 1 if two pieces in use ever overlap.
+KL_EXPORT int64_t kl_test_scratch(int64_t depth, int64_t size) {
+  if (depth == 0) return 0;
+  kl::Scratch<int64_t> mine(size);
+  std::fill_n(mine.get(), size, depth);
+  if (kl_test_scratch(depth - 1, 40 * size) != 0) return 1;
+  { kl::Scratch<int64_t> passing(size / 2 + 1); std::fill_n(passing.get(), size / 2 + 1, int64_t{-1}); }
+  return std::all_of(mine.get(), mine.get() + size, [=](int64_t value) { return value == depth; }) ? 0 : 1;
+}
+
+KL_EXPORT int64_t kl_test_parallel_sum(int64_t* total, int64_t count) {
+  std::atomic<int64_t> sum{0};
+  kl::parallel_for(count, [&](int64_t item) { sum.fetch_add(item, std::memory_order_relaxed); });
+  *total = sum;
+  return 0;
+}

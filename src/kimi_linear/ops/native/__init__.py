@@ -3,9 +3,10 @@
 from kimi_linear.ops.native.library import (
     LEVELS,
     active_level,
+    available_levels,
     kernel,
     refuse,
     why_unavailable,
 )
 
-__all__ = ["LEVELS", "active_level", "kernel", "refuse", "why_unavailable"]
+__all__ = ["LEVELS", "active_level", "available_levels", "kernel", "refuse", "why_unavailable"]

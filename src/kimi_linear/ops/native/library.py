@@ -50,7 +50,7 @@ def _path(level: str) -> Path:
     return _directory() / f"libkimi_linear_{level}.so"
 
 
-def _available() -> list[str]:
+def available_levels() -> list[str]:
     """Return the levels whose library is there and which this processor runs, narrowest first."""
     built = [level for level in LEVELS if _path(level).exists()]
     if not built:
@@ -64,7 +64,7 @@ def _load() -> Library | _Missing:
     wanted = env.read("KIMI_LINEAR_CPU_LEVEL")
     if wanted == "off":
         return _Missing("KIMI_LINEAR_CPU_LEVEL is off")
-    available = _available()
+    available = available_levels()
     if wanted != "auto" and wanted not in available:
         raise ConfigError(
             f"KIMI_LINEAR_CPU_LEVEL is {wanted!r}, but this machine can run {', '.join(available) or 'none'}; "

@@ -1,0 +1,88 @@
+// What the machine can do at best, for other measurements to be held against: multiply-adds that depend on nothing but
+// registers, and reading memory once, in order.
+
+#include "common.h"
+#include "simd.h"
+
+namespace kl {
+namespace {
+
+// Chains of dependent operations that run beside each other: enough to cover the latency, few enough to stay in registers.
+constexpr int kChains = KL_HAS_AVX512 ? 24 : 12;
+constexpr int64_t kReadBlock = int64_t{1} << 16;
+
+// x <- a x + b on every lane of every chain; tends to b / (1 - a), so no value becomes denormal or infinite.
+float fma_chains(int64_t rounds, float a, float b) {
+  vf x[kChains];
+  for (int c = 0; c < kChains; ++c) x[c] = splat(static_cast<float>(c));
+  const vf factor = splat(a), term = splat(b);
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+    for (int c = 0; c < kChains; ++c) x[c] = fma(factor, x[c], term);
+  }
+  vf total{};
+  for (int c = 0; c < kChains; ++c) total += x[c];
+  return sum(total);
+}
+
+#if KL_HAS_DOT
+// x <- x + a0 b0 + a1 b1 on every lane of every chain.
+float dot_chains(int64_t rounds, float a, float b) {
+  __m512 x[kChains];
+  for (int c = 0; c < kChains; ++c) x[c] = _mm512_set1_ps(static_cast<float>(c));
+  const __m512bh left = _mm512_cvtne2ps_pbh(_mm512_set1_ps(a), _mm512_set1_ps(a));
+  const __m512bh right = _mm512_cvtne2ps_pbh(_mm512_set1_ps(b), _mm512_set1_ps(b));
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+    for (int c = 0; c < kChains; ++c) x[c] = _mm512_dpbf16_ps(x[c], left, right);
+  }
+  vf total{};
+  for (int c = 0; c < kChains; ++c) total += (vf)x[c];
+  return sum(total);
+}
+#endif
+
+}  // namespace
+}  // namespace kl
+
+// Run `rounds` of float32 multiply-adds on each of `items` threads; flop[0] is how many operations that was, an add and
+// a multiply counting two. sink [items] takes what they computed. a and b must not be known to the compiler.
+KL_EXPORT int64_t kl_peak_fma_f32(int64_t items, int64_t rounds, double a, double b, float* sink, double* flop) {
+  kl::parallel_for(items, [&](int64_t item) {
+    sink[item] = kl::fma_chains(rounds, static_cast<float>(a), static_cast<float>(b));
+  });
+  *flop = 2.0 * kl::kChains * kl::kLanes * static_cast<double>(items) * static_cast<double>(rounds);
+  return 0;
+}
+
+// The same with products of pairs of bfloat16; 0 operations where the level has no instruction for them.
+KL_EXPORT int64_t kl_peak_dot_bf16(int64_t items, int64_t rounds, double a, double b, float* sink, double* flop) {
+#if KL_HAS_DOT
+  kl::parallel_for(items, [&](int64_t item) {
+    sink[item] = kl::dot_chains(rounds, static_cast<float>(a), static_cast<float>(b));
+  });
+  *flop = 4.0 * kl::kChains * kl::kLanes * static_cast<double>(items) * static_cast<double>(rounds);
+#else
+  static_cast<void>(rounds);
+  for (int64_t item = 0; item < items; ++item) sink[item] = static_cast<float>(a * b);
+  *flop = 0;
+#endif
+  return 0;
+}
+
+// Read `count` floats once; sink [ceil(count / 16384)] takes a sum for each block.
+KL_EXPORT int64_t kl_peak_read(const float* data, int64_t count, float* sink) {
+  constexpr int64_t kBlock = kl::kReadBlock / static_cast<int64_t>(sizeof(float));
+  kl::parallel_ranges(count, kBlock, [&](int64_t begin, int64_t end) {
+    kl::vf even{}, odd{};
+    int64_t i = begin;
+    for (; i + 2 * kl::kLanes <= end; i += 2 * kl::kLanes) {
+      even += kl::load(data + i);
+      odd += kl::load(data + i + kl::kLanes);
+    }
+    float total = kl::sum(even + odd);
+    for (; i < end; ++i) total += data[i];
+    sink[begin / kBlock] = total;
+  });
+  return 0;
+}

@@ -1,0 +1,113 @@
+"""The library of native kernels: found, chosen by level, refused with a reason; no numbers here."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kimi_linear.base.errors import ConfigError
+from kimi_linear.ops import native
+from kimi_linear.ops.native import library
+from kimi_linear.ops.registry import Call
+
+HERE = pytest.mark.skipif(native.why_unavailable() is not None, reason="no native kernels in this installation")
+
+
+def call(**changes: object) -> Call:
+    return Call(**{"device": "cpu", "dtype": "float32", "needs_grad": False, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch):
+    """Choose the library again under another environment, without touching the one in use."""
+
+    def load(**variables: str):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return library._load()
+
+    return load
+
+
+@HERE
+@pytest.mark.parametrize("level", native.available_levels())
+def test_every_level_loads_and_knows_its_width(fresh, level: str) -> None:
+    found = fresh(KIMI_LINEAR_CPU_LEVEL=level)
+    assert found.level == level
+    lanes = found.handle.kl_vector_floats()
+    assert lanes == {"generic": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}[level]
+
+
+@HERE
+def test_auto_takes_the_widest(fresh) -> None:
+    assert fresh(KIMI_LINEAR_CPU_LEVEL="auto").level == native.available_levels()[-1]
+
+
+def test_off_and_an_empty_directory_have_a_reason_each(fresh, tmp_path) -> None:
+    assert "KIMI_LINEAR_CPU_LEVEL is off" in fresh(KIMI_LINEAR_CPU_LEVEL="off").reason
+    built = fresh(KIMI_LINEAR_CPU_LEVEL="auto", KIMI_LINEAR_CPU_LIBRARIES=str(tmp_path))
+    assert "install a C++ compiler" in built.reason
+
+
+def test_a_level_that_is_not_there_is_an_error(fresh, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="can run none"):
+        fresh(KIMI_LINEAR_CPU_LEVEL="avx2", KIMI_LINEAR_CPU_LIBRARIES=str(tmp_path))
+    with pytest.raises(ConfigError, match="expected auto, off, generic"):
+        fresh(KIMI_LINEAR_CPU_LEVEL="avx3")
+
+
+def test_refusals_name_device_and_dtype() -> None:
+    assert native.refuse(call(device="cuda"))[0] == "runs on the CPU, not on cuda"
+    assert native.refuse(call(dtype="float64"))[0] == "computes float32 and bfloat16, not float64"
+
+
+@HERE
+def test_a_fitting_call_is_not_refused() -> None:
+    assert native.refuse(call()) == []
+
+
+@HERE
+def test_without_kernels_the_operators_still_run() -> None:
+    """A process of its own: the library is chosen once."""
+    code = (
+        "import torch; from kimi_linear.ops import kda, native; from kimi_linear.ops.registry import OPS\n"
+        "q = torch.ones(1, 5, 2, 8); kda(q, q, q, -q, q[..., 0])\n"
+        "assert native.active_level() is None"
+    )
+    environment = {**os.environ, "KIMI_LINEAR_CPU_LEVEL": "off", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@HERE
+def test_kernels_run_on_as_many_threads_as_torch_has() -> None:
+    """A process of its own, where torch has two threads."""
+    code = (
+        "import ctypes, torch; torch.set_num_threads(2)\n"
+        "from kimi_linear.ops.native import library\n"
+        "assert library._loaded().handle.kl_num_threads() == 2"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@HERE
+def test_a_failing_kernel_is_an_error() -> None:
+    failing = native.kernel("test_code", "i")
+    failing(0)
+    with pytest.raises(RuntimeError, match="code 3"):
+        failing(3)
+
+
+@HERE
+def test_scratch_memory_nests() -> None:
+    native.kernel("test_scratch", "ii")(4, 100)
+
+
+@HERE
+def test_every_item_runs_once() -> None:
+    total = torch.zeros(1, dtype=torch.int64)
+    native.kernel("test_parallel_sum", "pi")(total, 1000)
+    assert total.item() == 999 * 1000 // 2
