@@ -33,7 +33,7 @@ def sanitized(sanitize: str) -> dict[str, str]:
     build.build(folder, sanitize=sanitize)
     compiler = build.find_compiler().command
     runtimes = [
-        subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.check_output([*compiler, f"-print-file-name={name}"], text=True).strip()
         for kind, name in (("address", "libasan.so"), ("undefined", "libubsan.so"))
         if kind in sanitize
     ]

@@ -50,7 +50,9 @@ def test_muon_on_a_stack_equals_muon_on_separate_matrices():
         for matrix, own in zip(separate, gradient, strict=True):
             matrix.grad = own.clone()
         expected.step()
-    assert torch.equal(model.w1.detach(), torch.stack([matrix.detach() for matrix in separate]))
+    found, wanted = model.w1.detach(), torch.stack([matrix.detach() for matrix in separate])
+    # torch rounds every intermediate to bfloat16, so the two differ by such roundings of updates of size 0.02 * 0.2.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=4 * 0.02 * 0.2 * 6**0.5 * 2e-2)
 
 
 def test_muon_state_survives_saving_in_the_middle():
@@ -88,7 +90,7 @@ def test_state_survives_saving_for_every_kind_of_parameter(name):
 def test_muon_takes_the_hidden_matrices_and_nothing_else():
     groups = build_optimizers(ToyLM(), OptimConfig()).groups()
     muon = [name for group in groups if group["optimizer"] == "muon" for name in group["parameters"]]
-    assert muon == ["self_attn.q_proj.weight", "mlp.w1#0", "mlp.w1#1", "mlp.w1#2", "mlp.gate.weight"]
+    assert muon == ["self_attn.q_proj.weight", "mlp.w1", "mlp.gate.weight"]
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
@@ -110,7 +112,7 @@ def test_weight_decay_alone_shrinks_the_decayed_and_leaves_the_rest():
     optimizers.step(0.2)
     for name, parameter in model.named_parameters():
         old = before.get_parameter(name)
-        is_decayed = {name, f"{name}#0"} & decayed(optimizers)
+        is_decayed = name in decayed(optimizers)
         expected = old * (1 - 0.5 * 0.2 * 0.1) if is_decayed else old
         torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=0)
 
@@ -214,9 +216,9 @@ def test_state_of_another_model_is_refused():
     model = Stack()
     optimizers = build_optimizers(model, OptimConfig())
     with pytest.raises(CheckpointError, match="does not have"):
-        optimizers.load_state_tensors({"muon/w9#0/momentum_buffer": torch.zeros(6, 4)})
-    with pytest.raises(CheckpointError, match=r"is \(2, 2\), expected \(6, 4\)"):
-        optimizers.load_state_tensors({"muon/w1#0/momentum_buffer": torch.zeros(2, 2)})
+        optimizers.load_state_tensors({"muon/w9/momentum_buffer": torch.zeros(6, 4)})
+    with pytest.raises(CheckpointError, match=r"is \(2, 2\), expected \(3, 6, 4\)"):
+        optimizers.load_state_tensors({"muon/w1/momentum_buffer": torch.zeros(2, 2)})
 
 
 @pytest.mark.parametrize(

@@ -66,3 +66,9 @@ def read(name: str) -> Any:
         return variable.parse(text)
     except ValueError as error:
         raise ConfigError(f"{name} is {text!r}, expected {variable.expected}: {variable.meaning}.") from error
+
+
+def with_variables(**changes: str) -> dict[str, str]:
+    """Return this process's environment with variables of the table changed, for a child process."""
+    assert changes.keys() <= VARIABLES.keys(), changes
+    return {**os.environ, **changes}

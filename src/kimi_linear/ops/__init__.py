@@ -18,6 +18,7 @@ from kimi_linear.ops.delta_rule import (
 from kimi_linear.ops.gate import forget_gate
 from kimi_linear.ops.moe import grouped_mlp, route
 from kimi_linear.ops.norm import gated_rms_norm, l2_norm, rms_norm
+from kimi_linear.ops.orthogonalise import orthogonalise
 from kimi_linear.ops.registry import OPS, Call, why
 from kimi_linear.ops.rope import apply_rope
 
@@ -43,6 +44,7 @@ __all__ = [
     "linear_cross_entropy",
     "mla_attention",
     "mla_decode",
+    "orthogonalise",
     "rms_norm",
     "route",
     "short_conv",

@@ -35,7 +35,7 @@ from kimi_linear.evaluation.bits_per_byte import bits_per_byte
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.model import KimiLinearLM
 from kimi_linear.models.kimi_linear.presets import preset
-from kimi_linear.training.callbacks import Callback, FitResult, JsonlMetrics, Progress, TensorBoard
+from kimi_linear.training.callbacks import Callback, FitResult, JsonlMetrics, Progress, StepRecord, TensorBoard
 from kimi_linear.training.checkpoint import MAY_DIFFER, CheckpointStore, require_same, resumable_with
 from kimi_linear.training.data import (
     EmptySplitError,
@@ -201,6 +201,55 @@ def train(config: RunConfig, *, report: Report = print, callbacks: Sequence[Call
         return _Run(config, report, callbacks).execute()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast a run trains: `tokens` in `seconds` of whole optimizer steps, the first steps left out."""
+
+    tokens: int
+    seconds: float
+    precision: str
+
+
+def training_speed(run_dir: str, seconds: float, *, warm_up: int = 2) -> Speed:
+    """Train a fresh model on the prepared data of a run for about so many seconds, keep the time and nothing else.
+
+    Args:
+        run_dir: Of a run whose data are prepared; nothing in it is changed.
+        seconds: How long, choice of precision and the steps left out included.
+        warm_up: Steps left out.
+
+    Raises:
+        ConfigError: There was no time for a step after the ones left out.
+    """
+    config = RunConfig.from_dict(read_json(Path(run_dir) / "config.json"))
+    budget = dataclasses.replace(config.train, max_steps=None, max_minutes=seconds / 60)
+    run = _Run(dataclasses.replace(config, run_dir=run_dir, train=budget, tensorboard=False), lambda line: None, ())
+    steps = _Steps()
+    trainer = run.trainer
+    trainer.evaluate, trainer.store, trainer.callbacks = None, None, [steps]
+    trainer.fit()
+    timed = steps.records[warm_up:]
+    if not timed:
+        raise ConfigError(f"{seconds:g} seconds are too few for {warm_up + 1} steps; give more.")
+    before = steps.records[warm_up - 1] if warm_up else None
+    return Speed(
+        tokens=timed[-1].tokens - (before.tokens if before else 0),
+        seconds=timed[-1].seconds - (before.seconds if before else 0.0),
+        precision=trainer.precision.name,
+    )
+
+
+class _Steps(Callback):
+    """Keeps the records of all steps."""
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+
+    def on_step(self, record: StepRecord) -> None:
+        """Keep it."""
+        self.records.append(record)
+
+
 class _Run:
     """One execution of `train`: the pieces, built in order, and what is done with them."""
 
@@ -211,11 +260,11 @@ class _Run:
             torch.set_num_threads(config.num_threads)
         self._tokenizer, self._train_shards, self._held_out = _prepare_data(self._directory, config, report)
         self._model = self._build_model()
-        self._trainer = self._build_trainer(callbacks)
+        self.trainer = self._build_trainer(callbacks)
 
     def execute(self) -> RunResult:
         """Train, measure, save."""
-        fit = self._trainer.fit()
+        fit = self.trainer.fit()
         if fit.status == "interrupted":
             self._report(f"stopped at step {fit.step}; run the same command again to go on from there.")
             return self._result(fit, fit.metrics)
@@ -223,7 +272,7 @@ class _Run:
         if self._held_out is not None:
             self._report("measuring bits per byte on all held-out text")
             self._model.eval()
-            with autocast(self._trainer.precision.name, self._trainer.device):
+            with autocast(self.trainer.precision.name, self.trainer.device):
                 metrics["bits_per_byte"] = _measure(self._model, self._validation_batches(every=1))
         result = self._result(fit, metrics)
         save_checkpoint(
@@ -297,7 +346,7 @@ class _Run:
             tokens=fit.tokens,
             seconds=fit.seconds,
             metrics=metrics,
-            precision=dataclasses.asdict(self._trainer.precision),
+            precision=dataclasses.asdict(self.trainer.precision),
             max_steps=self._config.train.max_steps,
             max_minutes=self._config.train.max_minutes,
         )

@@ -1,8 +1,7 @@
 """Optimizers of a run: Muon for the hidden matrices, AdamW for the rest, and their state as plain tensors.
 
-Muon is `torch.optim.Muon` with the update scaled to the size of AdamW's (Moonlight, arXiv:2502.16982 §2.2), so one
-learning rate and one weight decay serve both. It takes matrices only: a stack of expert weights [E, F, D] is handed
-over as E views, and its gradient is sliced to match.
+Muon's update has the size of AdamW's (muon.py), so one learning rate and one weight decay serve both. AdamW is torch's
+own, whose fused step already runs at the memory's bandwidth.
 """
 
 import re
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from kimi_linear.base.errors import CheckpointError, ConfigError, DtypeError
 from kimi_linear.base.registry import unknown_name
+from kimi_linear.training.muon import Muon
 
 _NAMES = ("muon", "adamw")
 
@@ -51,15 +51,6 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class _Slice:
-    """A matrix of a stacked parameter, as an optimizer sees it: a view that shares the parameter's storage."""
-
-    view: Tensor
-    parameter: nn.Parameter
-    index: int
-
-
-@dataclass(frozen=True)
 class _Part:
     """One torch optimizer with the names of its tensors, in the optimizer's own order."""
 
@@ -71,9 +62,8 @@ class _Part:
 class Optimizers:
     """The optimizers of a model behind one `step`. Build it with `build_optimizers`, after moving the model."""
 
-    def __init__(self, parts: list[_Part], slices: list[_Slice], learning_rate: float) -> None:
+    def __init__(self, parts: list[_Part], learning_rate: float) -> None:
         self._parts = parts
-        self._slices = slices
         self._peak = learning_rate
 
     @property
@@ -84,9 +74,6 @@ class Optimizers:
     @torch.no_grad()
     def step(self, multiplier: float) -> None:
         """Update the parameters from their gradients, at `multiplier` times the peak learning rate, and drop those."""
-        for piece in self._slices:
-            gradient = piece.parameter.grad
-            piece.view.grad = None if gradient is None else gradient[piece.index]
         for part in self._parts:
             for group in part.optimizer.param_groups:
                 group["lr"] = self._peak * multiplier
@@ -97,8 +84,6 @@ class Optimizers:
         """Drop all gradients."""
         for part in self._parts:
             part.optimizer.zero_grad(set_to_none=True)
-        for piece in self._slices:
-            piece.parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the state as flat tensors, named `optimizer/parameter/quantity`; they share storage with it."""
@@ -151,8 +136,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     | conv      | `*conv1d.weight`                                 | AdamW         | no                       |
     | vector    | norms, biases, `A_log`, `dt_bias`, router bias   | AdamW         | no                       |
 
-    Parameters that need no gradient are left out. Do not move the model to another device afterwards: the slices of
-    stacked weights share its storage.
+    Parameters that need no gradient are left out.
 
     Args:
         model: The network; trained parameters must be float32, the master weights.
@@ -165,10 +149,9 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     Example:
         >>> optimizers = build_optimizers(nn.Linear(4, 4), OptimConfig())
     """
-    matrices: dict[str, Tensor] = {}
-    decayed: dict[str, Tensor] = {}
-    exempt: dict[str, Tensor] = {}
-    slices: list[_Slice] = []
+    matrices: dict[str, nn.Parameter] = {}
+    decayed: dict[str, nn.Parameter] = {}
+    exempt: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -179,9 +162,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
             )
         role = _role(name, parameter)
         if role == "matrix" and config.name == "muon":
-            pieces = _matrices(name, parameter)
-            slices += [piece for piece in pieces.values() if isinstance(piece, _Slice)]
-            matrices |= {key: piece.view if isinstance(piece, _Slice) else piece for key, piece in pieces.items()}
+            matrices[name] = parameter
         elif role in {"matrix", "head"} or (role == "embedding" and config.decay_embeddings):
             decayed[name] = parameter
         else:
@@ -189,7 +170,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     parts = [part for part in (_muon(matrices, config), _adamw(decayed, exempt, config)) if part is not None]
     if not parts:
         raise ConfigError(f"{type(model).__name__} has no parameter that needs a gradient; nothing to train.")
-    return Optimizers(parts, slices, config.learning_rate)
+    return Optimizers(parts, config.learning_rate)
 
 
 def _role(name: str, parameter: Tensor) -> str:
@@ -203,27 +184,16 @@ def _role(name: str, parameter: Tensor) -> str:
     raise ConfigError(f"parameter {name} has shape {tuple(parameter.shape)}; expected at most 3 dimensions.")
 
 
-def _matrices(name: str, parameter: nn.Parameter) -> dict[str, Tensor | _Slice]:
-    """Return the matrices of a 2-D or 3-D parameter under their names."""
-    if parameter.ndim == 2:
-        return {name: parameter}
-    return {f"{name}#{e}": _Slice(parameter.detach()[e], parameter, e) for e in range(parameter.shape[0])}
-
-
-def _muon(matrices: dict[str, Tensor], config: OptimConfig) -> _Part | None:
+def _muon(matrices: dict[str, nn.Parameter], config: OptimConfig) -> _Part | None:
     if not matrices:
         return None
-    optimizer = torch.optim.Muon(
-        list(matrices.values()),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        adjust_lr_fn="match_rms_adamw",
+    optimizer = Muon(
+        matrices.values(), lr=config.learning_rate, weight_decay=config.weight_decay, momentum=config.momentum
     )
     return _Part("muon", optimizer, tuple(matrices))
 
 
-def _adamw(decayed: dict[str, Tensor], exempt: dict[str, Tensor], config: OptimConfig) -> _Part | None:
+def _adamw(decayed: dict[str, nn.Parameter], exempt: dict[str, nn.Parameter], config: OptimConfig) -> _Part | None:
     groups = [
         {"params": list(members.values()), "weight_decay": weight_decay}
         for members, weight_decay in ((decayed, config.weight_decay), (exempt, 0.0))

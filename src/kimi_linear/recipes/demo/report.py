@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_linear.base.files import atomic_file
+from kimi_linear.recipes.demo.speed import ratio
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 860px;
@@ -48,14 +49,29 @@ def cards(results: dict[str, Any]) -> list[tuple[str, str]]:
     cache_ratio = decode["full_attention"][last]["cache_bytes"] / decode["hybrid"][last]["cache_bytes"]
     time_ratio = decode["full_attention"][last]["seconds"] / decode["hybrid"][last]["seconds"]
     context = f"{decode['hybrid'][last]['context'] // 1024}k"
+    speed = results["speed"]
+    compared = [] if "reason" in speed else [(f"{ratio(speed):.1f}x", "tokens trained, against no native kernels")]
     return [
         (f"{model['parameters'] / 1e6:.1f} M", f"parameters, {model['active_parameters'] / 1e6:.1f} M active a token"),
         (f"{train['tokens'] / 1e6:.2f} M", f"tokens trained on, {train['tokens_per_second']:,.0f} a second"),
+        *compared,
         (f"{quality['bits_per_byte']:.2f}", "validation bits a byte"),
         (f"{quality['compressors']['gzip -9']:.2f}", "gzip -9 on the same text"),
         (f"{cache_ratio:.1f}x", f"smaller cache than full attention at {context}"),
         (f"{time_ratio:.1f}x", f"faster decoding than full attention at {context}"),
     ]
+
+
+def speed_sentence(speed: dict[str, Any]) -> str:
+    """Say how much more was trained with the native kernels than without, or why that was not measured."""
+    if "reason" in speed:
+        return f"not compared: {speed['reason']}"
+    native, plain = (
+        f"{side['tokens'] / side['seconds']:,.0f} a second in {side['precision']}"
+        for side in (speed["native"], speed["plain"])
+    )
+    times = f"{ratio(speed):.1f} times as many tokens in the same time"
+    return f"{times} as without native kernels ({native} against {plain})"
 
 
 def decode_rows(decode: dict[str, Any]) -> list[list[str]]:
@@ -102,7 +118,8 @@ def write_report(path: Path, results: dict[str, Any]) -> None:
 <div class="cards">{headline}</div>
 <h2>Training</h2>
 <p>{train["steps"]:,} steps over {train["tokens"]:,} tokens of presidential addresses in {train["seconds"] / 60:.1f}
-minutes ({html.escape(train["precision"])}).</p>
+minutes ({html.escape(train["precision"])}). Measured apart, on fresh models, one after the other:
+{html.escape(speed_sentence(results["speed"]))}.</p>
 <img src="loss.png" alt="training loss and validation bits a byte against tokens">
 <h2>Held-out text</h2>
 <p>{quality["bytes"]:,} bytes of addresses the model never saw, every byte predicted once. The compressors see only this

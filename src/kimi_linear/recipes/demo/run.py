@@ -2,6 +2,7 @@
 
 train/             the training run, as `kimi-linear train` leaves it
 samples.json       continuations of the prompts
+speed.json         training with and without the native kernels
 decode.json        cache bytes and decode time against context, hybrid and full attention
 results.json       everything the report shows
 report.html, *.png
@@ -24,7 +25,7 @@ from kimi_linear.causal_lm import KimiLinearForCausalLM, load_model
 from kimi_linear.evaluation.decode_cost import measure_decode
 from kimi_linear.inference.params import SamplingParams
 from kimi_linear.models.kimi_linear.presets import preset
-from kimi_linear.recipes.demo import plots, report
+from kimi_linear.recipes.demo import plots, report, speed
 from kimi_linear.recipes.train import DataConfig, EvalConfig, RunConfig, RunResult, train
 from kimi_linear.training.callbacks.jsonl import read_metrics
 from kimi_linear.training.data import TextSource, Tokenizer, compressed_bits_per_byte
@@ -51,6 +52,7 @@ class DemoConfig:
         directory: Where everything goes.
         minutes: Training time.
         model: Preset of the hybrid; `<model>-mla` is the full-attention model it is compared with.
+        compare_seconds: Training time with, and again without, the native kernels.
         contexts: Context lengths of the decode comparison.
         seed: Of weights, data order and samples.
     """
@@ -58,6 +60,7 @@ class DemoConfig:
     directory: str = "runs/demo"
     minutes: float = 3.0
     model: str = "demo"
+    compare_seconds: float = 30.0
     contexts: tuple[int, ...] = CONTEXTS
     seed: int = 0
 
@@ -73,16 +76,22 @@ def demo(config: DemoConfig, *, say: Report = print) -> Path:
         KimiLinearError: As `kimi_linear.recipes.train.train`.
     """
     directory = Path(config.directory)
-    say(f"[1/4] training for {config.minutes:g} minutes on the presidential addresses that ship with the package")
+    say(f"[1/5] training for {config.minutes:g} minutes on the presidential addresses that ship with the package")
     result = train(training_run(config), report=say)
     if result.status != "finished":
         return directory
-    say("[2/4] generating")
+    say("[2/5] generating")
     samples = _cached(directory / "samples.json", _key(config, result), lambda: _samples(config, result))
-    say("[3/4] measuring cache and decode time against context")
+    say("[3/5] measuring cache and decode time against context")
     decode = _cached(directory / "decode.json", _key(config, result), lambda: _decode(config, result))
-    say("[4/4] writing the report")
-    results = _results(config, result, samples, decode)
+    say(f"[4/5] training for {config.compare_seconds:g} seconds with the native kernels and as long without them")
+    trained = _cached(
+        directory / "speed.json",
+        _key(config, result),
+        lambda: speed.compare(result.run_dir, config.compare_seconds),
+    )
+    say("[5/5] writing the report")
+    results = _results(config, result, samples, decode, trained)
     _write_json(directory / "results.json", results)
     _draw(directory, result, results)
     report.write_report(directory / "report.html", results)
@@ -113,6 +122,7 @@ def summary(results: dict[str, Any]) -> list[str]:
         "",
         f"trained     {train_result['tokens']:,} tokens in {train_result['seconds'] / 60:.1f} min, "
         f"{train_result['tokens_per_second']:,.0f} tokens/s",
+        f"kernels     {report.speed_sentence(results['speed'])}",
         f"held out    {quality['bits_per_byte']:.3f} bits a byte ({compressors})",
         "",
         f"{'context':>9}  {'cache: hybrid':>14}  {'full':>10}  {'ratio':>6}  {'ms/token: hybrid':>17}  "
@@ -151,7 +161,9 @@ def _full_attention(config: DemoConfig, hybrid: KimiLinearForCausalLM) -> Any:
     return dataclasses.replace(preset(f"{config.model}-mla"), vocab_size=hybrid.config.vocab_size)
 
 
-def _results(config: DemoConfig, result: RunResult, samples: Any, decode: Any) -> dict[str, Any]:
+def _results(
+    config: DemoConfig, result: RunResult, samples: Any, decode: Any, trained: dict[str, Any]
+) -> dict[str, Any]:
     network = preset(config.model)
     held_out = "".join(TextSource("sotu", "validation")).encode()
     names = " ".join(network.layers)
@@ -175,6 +187,7 @@ def _results(config: DemoConfig, result: RunResult, samples: Any, decode: Any) -
             "compressors": compressed_bits_per_byte(held_out),
         },
         "samples": samples,
+        "speed": trained,
         "decode": decode,
         "machine": {"cpu": _cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__},
     }
