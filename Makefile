@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-levels sanitize check bench native gpu-check
 
-$(STAMP): pyproject.toml setup.py constraints.txt csrc/build.py
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	touch $(STAMP)
@@ -32,7 +32,7 @@ check: $(STAMP)  ## Format, lint, types, import direction.
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/architecture
 
-bench: $(STAMP)  ## Measure the operators, after their tests, beside other packages.
+bench: $(STAMP)  ## Measure operators and model beside other engines, after the operators' tests; 25 minutes on two cores.
 	$(BIN)/python benchmarks/run.py
 
 gpu-check: $(STAMP)  ## Run the operator contracts on a GPU; says so and stops where there is none.

@@ -1,4 +1,4 @@
-"""No number without a green test: the operator's tests and contracts run first."""
+"""No number without a green test: the operators' tests and contracts run first."""
 
 import subprocess
 import sys
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/ops/delta_rule", "tests/contracts/test_delta_rule.py")
+TESTS = ("tests/ops", "tests/contracts/test_delta_rule.py", "tests/contracts/test_delta_rule_decode.py")
+# A rough picture trusts the operator it is about.
+QUICK_TESTS = ("tests/ops/delta_rule", "tests/contracts/test_delta_rule.py")
 # What pytest says when nothing was selected.
 NOTHING_SELECTED = 5
 

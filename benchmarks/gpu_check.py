@@ -12,10 +12,10 @@ from functools import partial
 import torch
 
 import gate
-from cases import Case, make_inputs
 from kimi_linear.base.errors import BackendError
 from kimi_linear.base.numerics import TOLERANCES, relative_error
 from kimi_linear.ops import OPS, kda
+from kimi_linear.recipes.bench.cases import Case, make_inputs
 
 DEVICE = "cuda"
 NO_GPU = "no GPU: torch.cuda is not available here, so nothing was checked."

@@ -9,23 +9,26 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cases import Case, make_inputs, write_inputs
-from kimi_linear.base.errors import BackendError
+from cases import write_inputs
 from kimi_linear.base.numerics import TOLERANCES, relative_error
-from kimi_linear.ops import OPS, kda
+from kimi_linear.recipes.bench.cases import Case, main_cases
+from kimi_linear.recipes.bench.operators import operator_row, our_backends
+from kimi_linear.recipes.bench.record import Row
 from peers import Peers
 from processes import Worker, WorkerError
 
-FLA, ATTN_GYM = "fla", "attn-gym"
-PEERS = (FLA, ATTN_GYM)
+SCRIPT = "worker.py"
+OURS = "kimi-linear:"
+PEERS = ("fla", "attn-gym", "transformers")
 OUTPUTS = ("o", "final state", "d_q", "d_k", "d_v", "d_log_decay", "d_beta")
+SMALL = Case(128, "float32", backward=True, H=2, K=32, V=32)
 
 
 @dataclass(frozen=True)
@@ -41,91 +44,50 @@ class Settings:
     budget_seconds: float
 
 
-@dataclass
-class Row:
-    """One implementation on one case."""
-
-    implementation: str
-    case: Case
-    version: str = ""
-    # Empty where there are numbers, else why there are none.
-    reason: str = ""
-    # The median call of each turn.
-    seconds: list[float] = field(default_factory=list)
-    memory: dict[str, Any] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for the record, with what follows from the times."""
-        record: dict[str, Any] = {
-            "implementation": self.implementation,
-            "version": self.version,
-            "case": self.case.as_dict(),
-            "reason": self.reason,
-            "seconds": [round(s, 6) for s in self.seconds],
-            "memory": self.memory,
-        }
-        if self.seconds:
-            low, middle, high = quartiles(self.seconds)
-            record["us_per_token_head"] = {
-                name: s * 1e6 / self.case.token_heads for name, s in (("low", low), ("median", middle), ("high", high))
-            }
-            record["gflops"] = self.case.flop * 1e-9 / middle
-        return record
+FULL = Settings(rounds=5, turn_seconds=0.2, call_seconds=60.0, budget_seconds=4.0)
+QUICK = Settings(rounds=2, turn_seconds=0.1, call_seconds=30.0, budget_seconds=2.0)
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return the lower quartile, the median and the upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+class Workers:
+    """The processes of a run, each started when first wanted and again after it was ended."""
+
+    def __init__(self, peers: Peers) -> None:
+        self.peers = peers
+        self._running: dict[str, Worker] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._running.values():
+            worker.close()
+
+    def get(self, implementation: str) -> Worker:
+        """Return the process of an implementation."""
+        if implementation not in self._running:
+            worker = Worker(SCRIPT, {"implementation": implementation}, self.python(implementation), keep=True)
+            self._running[implementation] = worker.__enter__()
+        return self._running[implementation]
+
+    def drop(self, implementation: str) -> None:
+        """Forget a process that has ended."""
+        if worker := self._running.pop(implementation, None):
+            worker.close()
+
+    def python(self, implementation: str) -> Path:
+        """Return the interpreter that has an implementation."""
+        if implementation.startswith(OURS):
+            return Path(sys.executable)
+        if self.peers.python is None:
+            raise WorkerError(f"not installed: {self.peers.reason}")
+        return self.peers.python
 
 
-def our_backends(case: Case) -> Iterator[tuple[str, str]]:
-    """Yield every registered backend's name with its reason to refuse the case, or ""."""
-    dtype = getattr(torch, case.dtype)
-    inputs = make_inputs(Case(4, case.dtype, case.backward, case.B, case.H, case.K, case.V))
-    for backend in OPS["delta_rule"].backends:
-        tensors = [x if name == "log_decay" else x.to(dtype) for name, x in inputs.items()]
-        try:
-            kda(*(x.requires_grad_(case.backward) for x in tensors), backend=backend.name)
-        except BackendError as error:
-            lines = [line.strip() for line in str(error).splitlines()]
-            said = [line for line in lines if line.startswith(f"{backend.name}: cannot: ")]
-            yield backend.name, said[0].removeprefix(f"{backend.name}: ") if said else lines[0]
-        else:
-            yield backend.name, ""
-
-
-def participants(case: Case, peers: Peers) -> Iterator[tuple[Row, Path | None]]:
-    """Yield a row for each implementation with the interpreter that runs it; None: it cannot take part."""
+def participants(case: Case) -> Iterator[tuple[str, str]]:
+    """Yield the name of each implementation with its reason not to take part in a case, or ""."""
     for name, reason in our_backends(case):
-        yield Row(f"kimi-linear:{name}", case, reason=reason), None if reason else Path(sys.executable)
-    for peer in PEERS:
-        reason = "" if peers.python else f"not installed: {peers.reason}"
-        yield Row(peer, case, reason=reason), peers.python
-
-
-def time_in_turn(rows: list[tuple[Row, Path]], folder: Path, settings: Settings, advance: Callable[[], None]) -> None:
-    """Fill the rows' times: a first call each that is not counted, then rounds in which each has its turn."""
-    with ExitStack() as stack:
-        running: dict[str, Worker] = {}
-        for row, python in rows:
-            try:
-                worker = Worker(row.implementation, python, keep=True)
-                stack.enter_context(worker)
-                row.version = worker.about["version"]
-                load(worker, row.case, folder, settings)
-                worker.ask(settings.call_seconds, do="time", min_seconds=0.0)
-                running[row.implementation] = worker
-            except WorkerError as error:
-                row.reason = str(error)
-            advance()
-        for _ in range(settings.rounds):
-            for row, _python in rows:
-                if row.implementation in running and sum(row.seconds) < settings.budget_seconds:
-                    give_turn(row, running, settings)
-                advance()
+        yield f"{OURS}{name}", reason
+    yield from ((peer, "") for peer in PEERS)
 
 
 def load(worker: Worker, case: Case, folder: Path, settings: Settings) -> None:
@@ -133,93 +95,140 @@ def load(worker: Worker, case: Case, folder: Path, settings: Settings) -> None:
     worker.ask(settings.call_seconds, do="load", folder=str(folder), dtype=case.dtype, backward=case.backward)
 
 
-def give_turn(row: Row, running: dict[str, Worker], settings: Settings) -> None:
-    """Let one implementation run for a turn."""
-    try:
-        timeout = settings.call_seconds + settings.turn_seconds
-        calls = running[row.implementation].ask(timeout, do="time", min_seconds=settings.turn_seconds)
-        row.seconds.append(statistics.median(calls))
-    except WorkerError as error:
-        del running[row.implementation]
-        row.reason, row.seconds = str(error), []
+class CaseTurns:
+    """The implementations on one case: who still runs, what each took, and why one has nothing."""
+
+    def __init__(self, case: Case, workers: Workers, settings: Settings) -> None:
+        self.case, self.workers, self.settings = case, workers, settings
+        self.reasons = dict(participants(case))
+        self.seconds: dict[str, list[float]] = {name: [] for name in self.reasons}
+        self.versions: dict[str, str] = {}
+
+    def _try(self, name: str, action: Callable[[Worker], None]) -> None:
+        try:
+            action(self.workers.get(name))
+        except WorkerError as error:
+            self.reasons[name], self.seconds[name] = str(error), []
+            self.workers.drop(name)
+
+    def begin(self, name: str, folder: Path) -> None:
+        """Load the inputs and make a call that is not counted."""
+
+        def action(worker: Worker) -> None:
+            self.versions[name] = worker.about["version"]
+            load(worker, self.case, folder, self.settings)
+            first = worker.ask(self.settings.call_seconds, do="time", min_seconds=0.0)
+            # One call may use up the budget: then it is the measurement.
+            if sum(first) > self.settings.budget_seconds:
+                self.seconds[name] = first
+
+        self._try(name, action)
+
+    def turn(self, name: str) -> None:
+        """Let an implementation run for a turn; it counts with its median call."""
+
+        def action(worker: Worker) -> None:
+            timeout = self.settings.call_seconds + self.settings.turn_seconds
+            calls = worker.ask(timeout, do="time", min_seconds=self.settings.turn_seconds)
+            self.seconds[name].append(statistics.median(calls))
+
+        if not self.reasons[name] and sum(self.seconds[name]) < self.settings.budget_seconds:
+            self._try(name, action)
+
+    def rows(self) -> list[Row]:
+        """Return the rows."""
+        return [
+            operator_row(name, self.case, self.seconds[name], self.versions.get(name, ""), reason)
+            for name, reason in self.reasons.items()
+        ]
 
 
-def measure_memory(row: Row, python: Path, folder: Path, settings: Settings) -> None:
+def measure_memory(row: Row, case: Case, workers: Workers, folder: Path, settings: Settings) -> None:
     """Fill a row's memory, from a fresh process with the system's allocator as it comes."""
+    given = {"implementation": row.engine}
     try:
-        with Worker(row.implementation, python, keep=False) as worker:
-            load(worker, row.case, folder, settings)
+        with Worker(SCRIPT, given, workers.python(row.engine), keep=False) as worker:
+            load(worker, case, folder, settings)
             found = worker.ask(settings.call_seconds * 4, do="memory")
     except WorkerError as error:
-        row.memory = {"reason": str(error)}
+        row.extra["memory"] = {"reason": str(error)}
         return
-    elements = row.case.token_heads * row.case.K
+    elements = case.token_heads * case.K
     allocated, outputs = found["allocated"]
-    row.memory = {"allocated_per_channel": (allocated - outputs) / elements, "resident_per_channel": None}
+    memory = {"allocated_per_channel": (allocated - outputs) / elements, "resident_per_channel": None}
     if found["resident"] is not None:
-        row.memory["resident_per_channel"] = (found["resident"][0] - found["resident"][1]) / elements
+        memory["resident_per_channel"] = (found["resident"][0] - found["resident"][1]) / elements
+    row.extra["memory"] = memory
 
 
-def measure(case: Case, peers: Peers, settings: Settings, advance: Callable[[], None]) -> list[Row]:
-    """Measure one case: times in turn, then memory one by one. Calls `advance` as often as `steps` says."""
-    found = list(participants(case, peers))
-    able = [(row, python) for row, python in found if python is not None]
-    for _ in range((len(found) - len(able)) * steps(settings)):
-        advance()
+def measure_case(case: Case, workers: Workers, settings: Settings, *, memory: bool) -> list[Row]:
+    """Measure one case: times in turn, then memory one by one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(case, folder)
-        time_in_turn(able, folder, settings, advance)
-        for row, python in able:
+        turns = CaseTurns(case, workers, settings)
+        for engine, reason in list(turns.reasons.items()):
+            if not reason:
+                turns.begin(engine, folder)
+        for _ in range(settings.rounds):
+            for engine in turns.reasons:
+                turns.turn(engine)
+        rows = turns.rows()
+        for row in rows:
             # What could not be timed would be stopped again, or was refused memory.
-            if row.seconds:
-                measure_memory(row, python, folder, settings)
-            advance()
-    return [row for row, _ in found]
+            if memory and row.values:
+                measure_memory(row, case, workers, folder, settings)
+    return rows
 
 
-def steps(settings: Settings) -> int:
-    """Return how often `measure` advances for each implementation."""
-    return settings.rounds + 2
+def measure(peers: Peers, settings: Settings, quick: bool) -> Iterator[Row]:
+    """Yield the rows of every case that the peers take part in."""
+    cases = main_cases(quick)
+    longest = max(case.T for case in cases)
+    with Workers(peers) as workers:
+        for case in cases:
+            memory = case.dtype == "float32" and case.backward and longest <= case.T
+            yield from measure_case(case, workers, settings, memory=memory)
 
 
-def count_implementations() -> int:
-    """Return how many implementations a case has."""
-    return len(OPS["delta_rule"].backends) + len(PEERS)
-
-
-def outputs_of(implementation: str, python: Path, case: Case, folder: Path, settings: Settings) -> list[torch.Tensor]:
-    """Return everything one call of an implementation produces."""
+def outputs_of(implementation: str, workers: Workers, folder: Path, settings: Settings) -> list[torch.Tensor]:
+    """Return everything one call of an implementation produces on the small case."""
     target = folder / implementation.replace(":", "-")
     target.mkdir()
-    with Worker(implementation, python, keep=False) as worker:
-        load(worker, case, folder, settings)
-        worker.ask(settings.call_seconds, do="save", folder=str(target))
+    worker = workers.get(implementation)
+    load(worker, SMALL, folder, settings)
+    worker.ask(settings.call_seconds, do="save", folder=str(target))
     return [torch.from_numpy(np.load(target / f"{number}.npy")) for number in range(len(OUTPUTS))]
 
 
-def disagreements(peers: Peers, settings: Settings) -> list[str]:
-    """Compare each peer's outputs and gradients with ours on a small case; one sentence for each that differs.
+def disagreements(peers: Peers, settings: Settings) -> tuple[list[str], dict[str, Any]]:
+    """Compare each peer's outputs and gradients with ours on a small case.
 
     Both work in float32, so either may be off by the tolerance's row; together by twice that.
+
+    Returns:
+        One sentence for each output that differs, and the largest error of each peer for the record.
     """
     if peers.python is None:
-        return []
-    case, found = Case(128, "float32", backward=True, H=2, K=32, V=32), []
+        return [], {}
     allowed = TOLERANCES["float32"]
     limits = (allowed.output, allowed.output, *[allowed.gradient] * 3, *[allowed.gate_gradient] * 2)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_inputs(case, folder)
-        ours = outputs_of("kimi-linear:reference", Path(sys.executable), case, folder, settings)
+    sentences, errors = [], {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workers = stack.enter_context(Workers(peers))
+        write_inputs(SMALL, folder)
+        ours = outputs_of("kimi-linear:reference", workers, folder, settings)
         for peer in PEERS:
             try:
-                theirs = outputs_of(peer, peers.python, case, folder, settings)
+                theirs = outputs_of(peer, workers, folder, settings)
             except WorkerError:
                 # It has no numbers either; its rows say why.
+                workers.drop(peer)
                 continue
-            for output, x, y, limit in zip(OUTPUTS, theirs, ours, limits, strict=True):
-                error = relative_error(x, y)
+            found = {name: relative_error(x, y) for name, x, y in zip(OUTPUTS, theirs, ours, strict=True)}
+            errors[peer] = found
+            for (name, error), limit in zip(found.items(), limits, strict=True):
                 if error > 2 * limit:
-                    found.append(f"{peer} and kimi-linear differ in {output} by {error:.1e}, allowed {2 * limit:.1e}")
-    return found
+                    sentences.append(f"{peer} and kimi-linear differ in {name} by {error:.1e}, allowed {2 * limit:.1e}")
+    return sentences, errors

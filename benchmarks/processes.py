@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-WORKER = Path(__file__).with_name("worker.py")
+from kimi_linear.recipes.bench.machine import memory_bytes
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 # glibc keeps freed memory instead of handing it back, for every implementation alike: otherwise a call is dominated by
 # the page faults of its first touch, which favours whoever allocates less.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
@@ -22,30 +24,37 @@ class WorkerError(Exception):
     """A worker could not do what it was told; the text is one sentence for the table."""
 
 
-def available_memory() -> int:
-    """Return the bytes that can be taken without swapping, or 0 where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return 0
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
 class Worker:
-    """One implementation in a process of its own; leave the context, or let it fail, and the process is gone."""
+    """One engine in a process of its own; leave the context, or let it fail, and the process is gone.
 
-    def __init__(self, implementation: str, python: Path | str = sys.executable, *, keep: bool) -> None:
-        # Two thirds of what is free: enough to be fair, not enough to push the machine into swapping.
-        self._limit = available_memory() * 2 // 3
+    Args:
+        script: Of this folder, run with one JSON argument.
+        given: That argument, without the number of threads and the memory limit.
+        python: The interpreter.
+        keep: Whether the C library keeps freed memory; see KEEP_MEMORY.
+        share: Of the free memory that it may take.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        given: dict[str, Any],
+        python: Path | str = sys.executable,
+        *,
+        keep: bool,
+        share: float = 2 / 3,
+    ) -> None:
+        # Enough to be fair, not enough to push the machine into swapping.
+        self.limit = int(memory_bytes("MemAvailable") * share)
         environment = {**os.environ, **(KEEP_MEMORY if keep else {})}
-        environment.pop("KIMI_LINEAR_BACKEND", None)
-        if implementation.startswith("kimi-linear"):
+        for name in ("KIMI_LINEAR_BACKEND", "PYTHONPATH"):
+            environment.pop(name, None)
+        if Path(python) == Path(sys.executable):
             environment["PYTHONPATH"] = str(ROOT / "src")
-        else:
-            environment.pop("PYTHONPATH", None)
+        argument = {"threads": torch.get_num_threads(), "memory": self.limit, **given}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed with the process, in `close`
         self._process = subprocess.Popen(
-            [str(python), str(WORKER), implementation, str(torch.get_num_threads()), str(self._limit)],
+            [str(python), str(HERE / script), json.dumps(argument)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -94,7 +103,7 @@ class Worker:
         reply = json.loads(line)
         if "error" in reply:
             self.close()
-            memory = f" (limit {self._limit / 2**30:.0f} GiB)" if reply["error"] == "out of memory" else ""
+            memory = f" (limit {self.limit / 2**30:.0f} GiB)" if reply["error"] == "out of memory" else ""
             raise WorkerError(reply["error"] + memory)
         return reply["value"]
 

@@ -4,19 +4,17 @@ It imports torch and the implementation it was started for, nothing of ours for 
 environment, and this same code times them all.
 """
 
-import json
-import os
-import resource
 import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+import serving
 
 INPUTS = ("q", "k", "v", "log_decay", "beta")
 Run = Callable[..., tuple[Tensor, Tensor]]
@@ -48,10 +46,22 @@ def load_attn_gym() -> tuple[Run, str]:
     return run, version("attn-gym")
 
 
+def load_transformers() -> tuple[Run, str]:
+    """Return the chunked form in plain PyTorch that transformers runs where there is no GPU."""
+    serving.hide_fla()
+    from transformers.models.kimi_linear import modeling_kimi_linear as network
+
+    chunk_kda = network.chunk_kimi_delta_attention
+    return lambda *inputs: chunk_kda(*inputs, output_final_state=True), version("transformers")
+
+
+LOADERS = {"fla": load_fla, "attn-gym": load_attn_gym, "transformers": load_transformers}
+
+
 def load(implementation: str) -> tuple[Run, str]:
-    """Return an implementation by name: "fla", "attn-gym", or "kimi-linear:BACKEND"."""
+    """Return an implementation by name: a peer's, or "kimi-linear:BACKEND"."""
     package, _, backend = implementation.partition(":")
-    return {"fla": load_fla, "attn-gym": load_attn_gym}[package]() if not backend else load_ours(backend)
+    return load_ours(backend) if backend else LOADERS[package]()
 
 
 class Calls:
@@ -102,22 +112,14 @@ def turn(calls: Calls, min_seconds: float) -> list[float]:
             return times[1:] or times
 
 
-def resident(field: str) -> int:
-    """Return VmRSS or VmHWM (the peak) of this process in bytes; Linux only."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 def resident_peak(calls: Calls) -> tuple[int, int] | None:
     """Return what one call adds to resident memory at its peak, and the bytes of its outputs; None off Linux."""
     if sys.platform != "linux":
         return None
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    serving.forget_peak()
+    before = serving.resident()
     outputs = calls()
-    return resident("VmHWM") - before, sum(x.nbytes for x in outputs)
+    return serving.resident("VmHWM") - before, sum(x.nbytes for x in outputs)
 
 
 def allocated_peak(calls: Calls) -> tuple[int, int]:
@@ -142,12 +144,6 @@ def save(calls: Calls, folder: str) -> None:
         np.save(f"{folder}/{number}.npy", tensor.double().numpy())
 
 
-def limit_memory(extra_bytes: int) -> None:
-    """Make an allocation beyond what is mapped now plus `extra_bytes` fail, rather than take the machine down."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + extra_bytes, mapped + extra_bytes))
-
-
 def handle(calls: Calls, request: dict[str, Any]) -> Any:
     """Carry out one command and return its answer."""
     match request["do"]:
@@ -164,35 +160,13 @@ def handle(calls: Calls, request: dict[str, Any]) -> Any:
     raise ValueError(f"unknown command {request['do']!r}")
 
 
-def answer(stream: Any, **reply: Any) -> None:
-    """Write one line."""
-    stream.write(json.dumps(reply) + "\n")
-    stream.flush()
-
-
-def main() -> None:
-    implementation, threads, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    # Answers go to the real standard output; whatever a package prints goes to standard error.
-    stream = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    torch.set_num_threads(threads)
-    try:
-        run, package_version = load(implementation)
-    except Exception as error:
-        answer(stream, error=f"{type(error).__name__}: {error}".splitlines()[0])
-        return
-    if memory and sys.platform == "linux":
-        limit_memory(memory)
+def start(given: dict[str, Any]) -> tuple[serving.Handler, dict[str, Any]]:
+    """Return the handler of an implementation, and what to say about it."""
+    torch.set_num_threads(given["threads"])
+    run, package_version = load(given["implementation"])
     calls = Calls(run)
-    answer(stream, value={"version": package_version, "torch": torch.__version__})
-    for line in sys.stdin:
-        try:
-            answer(stream, value=handle(calls, json.loads(line)))
-        except (MemoryError, RuntimeError, ValueError) as error:
-            out_of_memory = isinstance(error, MemoryError) or "allocate" in str(error)
-            text = "out of memory" if out_of_memory else f"{type(error).__name__}: {error}"
-            answer(stream, error=text)
+    return lambda request: handle(calls, request), {"version": package_version, "torch": torch.__version__}
 
 
 if __name__ == "__main__":
-    main()
+    serving.serve(start)

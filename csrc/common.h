@@ -130,6 +130,10 @@ class Scratch {
   T* data_;
 };
 
+// Say of new memory of many megabytes, nothing of it written yet, that all of it will be: where the system has large
+// pages it then takes them, and finding memory costs a fraction of what it does page by page.
+void expect_use(void* begin, size_t bytes);
+
 KL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 KL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -266,12 +266,23 @@ KL_INLINE void store_panel(T* y, int64_t n, int64_t panel, vf lower, vf upper) {
   if (left > kLanes) store_lanes(y + column + kLanes, upper, static_cast<int>(left - kLanes));
 }
 
+// Ask for the memory of a row of a panel two tiles further down, which is written before long: large results are not in
+// the caches. An address beyond the last row does no harm.
+template <class T>
+KL_INLINE void expect_write(const T* y, int64_t stride, int64_t row, int64_t panel) {
+  const int64_t offset = (row + 2 * kTileRows) * stride + panel * kPanel;
+  const auto* const at = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(y) + offset * sizeof(T));
+  constexpr int kLine = 64;
+  for (int line = 0; line < kPanel * static_cast<int>(sizeof(T)); line += kLine) __builtin_prefetch(at + line, 1, 2);
+}
+
 // y[row, :] = sums
 template <class T>
 struct Store {
   T* y;
   int64_t n, stride;
   KL_INLINE void operator()(int64_t row, int64_t panel, vf lower, vf upper) const {
+    expect_write(y, stride, row, panel);
     store_panel(y + row * stride, n, panel, lower, upper);
   }
 };
@@ -283,6 +294,7 @@ struct StoreBiased {
   int64_t n, stride;
   const TBias* bias;
   KL_INLINE void operator()(int64_t row, int64_t panel, vf lower, vf upper) const {
+    expect_write(y, stride, row, panel);
     const int64_t column = panel * kPanel;
     const auto of = [&](int64_t begin) {
       return begin >= n ? vf{} : load_lanes(bias + begin, static_cast<int>(std::min<int64_t>(n - begin, kLanes)));

@@ -1,5 +1,9 @@
 // The library's own state: which instruction level it was built for, the thread pool, the threads' scratch memory.
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <new>
 
 #include "common.h"
@@ -29,6 +33,21 @@ int64_t num_threads() {
 void run_on_threads(int64_t workers, void (*body)(int64_t, int64_t, void*), void* context) {
   // A worker that finds no item left returns, so it does not matter whether torch runs fewer of them.
   if (torch_parallel_for == nullptr || torch_parallel_for(0, workers, 1, body, context) != 0) body(0, 1, context);
+}
+
+void expect_use(void* begin, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  // Below this the call costs as much as it saves, and the memory is likely to have been used before.
+  constexpr uintptr_t kLeast = uintptr_t{8} << 20, kLargePage = uintptr_t{2} << 20;
+  if (bytes < kLeast) return;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(begin), end = first + bytes;
+  const uintptr_t aligned = (first + kLargePage - 1) / kLargePage * kLargePage, length = end - aligned;
+  // A refusal changes nothing but speed.
+  static_cast<void>(madvise(reinterpret_cast<void*>(aligned), length / kLargePage * kLargePage, MADV_HUGEPAGE));
+#else
+  static_cast<void>(begin);
+  static_cast<void>(bytes);
+#endif
 }
 
 Arena& Arena::of_this_thread() {

@@ -56,8 +56,25 @@ KL_INLINE vf fma(float a, vf b, vf c) { return fma(splat(a), b, c); }
 
 // Per lane, mask (from a comparison: -1 or 0) ? a : b.
 KL_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-KL_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
-KL_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+// a > b ? a : b and a < b ? a : b: b where either is a NaN.
+KL_INLINE vf max(vf a, vf b) {
+#if KL_HAS_AVX512
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+KL_INLINE vf min(vf a, vf b) {
+#if KL_HAS_AVX512
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 KL_INLINE vf abs(vf a) { return (vf)((vi)a & splat_int(0x7fffffff)); }
 
 KL_INLINE vf sqrt(vf a) {

@@ -34,8 +34,7 @@ KL_INLINE vf scale_by_power(vf x, vf n) {
 // e^x: 0 for -inf, inf for large x, NaN for NaN. x = n ln 2 + r with |r| <= ln 2 / 2; a polynomial gives e^r.
 KL_INLINE vf exp(vf x) {
   // Beyond these the result is 0 or infinite whatever the digits. Written so that a NaN passes.
-  x = x < splat(-105.0f) ? splat(-105.0f) : x;
-  x = x > splat(90.0f) ? splat(90.0f) : x;
+  x = min(splat(90.0f), max(splat(-105.0f), x));
   const vf n = round_even(x * splat(1.44269504088896341f));
   // ln 2 in two parts, the first with few enough bits for n times it to be exact.
   vf r = fma(n, splat(-0.693359375f), x);

@@ -9,12 +9,14 @@ from torch import Tensor
 from kimi_linear.base.numerics import relative_error
 from support import ops
 from support.delta_rule import (
+    BACKEND_DTYPES,
     BACKENDS,
     CASES,
     KINDS,
     PARAMETERS,
     TOKENS,
     Inputs,
+    assert_close,
     call,
     draw,
     errors,
@@ -22,13 +24,13 @@ from support.delta_rule import (
     reference,
     results,
     run,
+    widest,
 )
 
 ALL = [
     pytest.param(op, backend, name, dtype, id=f"{op}-{backend}-{name}-{str(dtype)[6:]}")
-    for op, backend in BACKENDS
+    for op, backend, dtype in BACKEND_DTYPES
     for name in CASES[op]
-    for dtype in ops.DTYPES
     # The reference in float64 is what all others are held against.
     if (backend, dtype) != ("reference", torch.float64)
 ]
@@ -48,8 +50,10 @@ def test_results_and_every_gradient_match_the_float64_reference(op, backend, nam
     assert errors(found, expected(op, name, dtype), dtype) == {}
 
 
-@pytest.mark.parametrize(("op", "backend"), [pair for pair in BACKENDS if pair[0] == "delta_rule"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+HALF = [x for x in BACKEND_DTYPES if x[0] == "delta_rule" and x[2] in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize(("op", "backend", "dtype"), HALF)
 def test_a_decay_in_half_precision_is_taken_as_it_is(op, backend, dtype) -> None:
     inputs = draw(DENSE[op], dtype)
     inputs["log_decay"] = inputs["log_decay"].to(dtype)
@@ -57,8 +61,7 @@ def test_a_decay_in_half_precision_is_taken_as_it_is(op, backend, dtype) -> None
     assert errors(found, reference(op, inputs, found), dtype) == {}
 
 
-@every_backend
-@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize(("op", "backend", "dtype"), BACKEND_DTYPES)
 def test_output_has_the_values_dtype_and_states_and_gradients_their_own(op, backend, dtype) -> None:
     inputs = draw(SHORT[op], dtype)
     found = run(op, inputs, backend)
@@ -87,18 +90,19 @@ def in_two(op: str, backend: str, t: int) -> ops.Function:
 
 @every_backend
 def test_a_run_split_at_any_token_equals_the_whole(op, backend) -> None:
-    inputs = draw(SHORT[op], torch.float64)
+    inputs = draw(SHORT[op], widest(op, backend))
     whole = call(op, inputs, backend)
     for t in range(SHORT[op].T + 1):
-        torch.testing.assert_close(in_two(op, backend, t)(**inputs), whole, rtol=1e-11, atol=1e-12)
+        assert_close(in_two(op, backend, t)(**inputs), whole)
 
 
 @every_backend
 @pytest.mark.parametrize("t", [1, 32, 50])
 def test_gradients_flow_through_a_carried_state_as_through_one_call(op, backend, t) -> None:
-    inputs = draw(DENSE[op], torch.float64)
+    dtype = widest(op, backend)
+    inputs = draw(DENSE[op], dtype)
     found = results(in_two(op, backend, t), inputs)
-    assert errors(found, run(op, inputs, backend), torch.float64) == {}
+    assert errors(found, run(op, inputs, backend), dtype) == {}
 
 
 def separately(op: str, backend: str, lengths: tuple[int, ...]) -> ops.Function:
@@ -164,12 +168,11 @@ def test_offsets_may_be_int32_or_int64(op, backend) -> None:
 
 @every_backend
 def test_thousands_of_one_token_sequences(op, backend) -> None:
-    inputs = draw(KINDS[op](name="ones", lengths=(1,) * 3000, H=1, K=2, V=2), torch.float64)
+    inputs = draw(KINDS[op](name="ones", lengths=(1,) * 3000, H=1, K=2, V=2), widest(op, backend))
     o, state = call(op, inputs, backend)
     rows = {name: inputs[name].transpose(0, 1) for name in TOKENS[op]}
     o_rows, state_rows = call(op, {**inputs, **rows, "cu_seqlens": None}, "chunk")
-    torch.testing.assert_close(o, o_rows.transpose(0, 1), rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(state, state_rows, rtol=1e-12, atol=1e-13)
+    assert_close((o, state), (o_rows.transpose(0, 1), state_rows))
 
 
 @every_backend
@@ -278,13 +281,14 @@ def test_each_gradient_may_be_asked_for_alone(op, backend) -> None:
 @pytest.mark.parametrize("name", ["T33", "packed_empty_middle"])
 def test_the_gradient_of_one_result_may_be_absent(op, backend, of, name) -> None:
     """Which is the same as zero: of the output, as where only a last state is used, or of the state."""
-    inputs = draw(CASES[op][name], torch.float64)
+    dtype = widest(op, backend)
+    inputs = draw(CASES[op][name], dtype)
     cotangents = ops.cotangents(list(call(op, inputs, backend)))
     _, found = ops.run_with_gradients(lambda **x: call(op, x, backend)[of], inputs, [cotangents[of]])
     cotangents[1 - of] = torch.zeros_like(cotangents[1 - of])
-    zero = run(op, inputs, "reference", cotangents)
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, zero[f"d_{name}"], rtol=1e-9, atol=1e-11)
+    zero = run(op, ops.in_float64(inputs), "reference", cotangents)
+    gradients = {f"d_{name}": gradient for name, gradient in found.items()}
+    assert errors(gradients, {name: zero[name] for name in gradients}, dtype) == {}
 
 
 @every_backend

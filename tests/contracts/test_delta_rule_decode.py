@@ -34,10 +34,9 @@ CASES = [
     ("kda_core", CoreCase(name="extreme", logits=50.0, bias=8.0, rate=4.0, zero_rows=True, **SHAPE)),
 ]
 CASES_BY_BACKEND = [
-    pytest.param(op, backend, case, id=f"{op}-{backend}-{case.name}")
-    for op, backend in BACKENDS
-    for of, case in CASES
-    if of == op
+    pytest.param(op, backend, case, dtype, id=f"{op}-{backend}-{case.name}-{dtype}")
+    for op, case in CASES
+    for backend, dtype in ops.backend_dtypes(f"{op}_decode")
 ]
 
 
@@ -58,8 +57,7 @@ def pool_of(state: Tensor, slots: Tensor, size: int = 9, fill: float = 1e30) -> 
 SLOTS = torch.tensor([7, 0, 3, 4])
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "backend", "case"), CASES_BY_BACKEND)
+@pytest.mark.parametrize(("op", "backend", "case", "dtype"), CASES_BY_BACKEND)
 def test_tokens_one_by_one_equal_the_whole_prompt(op, backend, case, dtype) -> None:
     inputs = draw(case, dtype)
     o, state = call(op, ops.in_float64(inputs), "reference")

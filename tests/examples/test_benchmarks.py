@@ -1,5 +1,6 @@
-"""The benchmarks measure what they say, refuse on a red test, and their tables come from their records."""
+"""The benchmarks measure what they say, refuse on a red test, and their page comes from their records."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -9,18 +10,27 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from kimi_linear.models.kimi_linear.presets import preset
+from kimi_linear.recipes.bench import models
+from kimi_linear.recipes.bench.cases import Case
+from kimi_linear.recipes.bench.engine import build, prompt
+from kimi_linear.recipes.bench.operators import operator_row
+from kimi_linear.recipes.bench.record import SCHEMA, Row, save, to_json
 from support.source_tree import ROOT
 
 FOLDER = ROOT / "benchmarks"
+# These need packages that only the peers' environment has.
+PEERS_ONLY = {"gguf_files"}
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[dict[str, ModuleType]]:
     """The benchmark scripts as modules; they find each other in their own folder, as when run."""
-    names = [path.stem for path in FOLDER.glob("*.py")]
+    names = [path.stem for path in FOLDER.glob("*.py") if path.stem not in PEERS_ONLY]
     sys.path.insert(0, str(FOLDER))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -33,30 +43,21 @@ def bench() -> Iterator[dict[str, ModuleType]]:
 @pytest.fixture(scope="module")
 def inputs(bench: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A toy case and the folder of its inputs."""
-    case = bench["cases"].Case(70, "float32", backward=True, H=2, K=8, V=4)
+    case = Case(70, "float32", backward=True, H=2, K=8, V=4)
     folder = tmp_path_factory.mktemp("inputs")
     bench["cases"].write_inputs(case, folder)
     return case, folder
 
 
-def test_flop_are_those_of_the_recurrence(bench: dict[str, ModuleType]) -> None:
-    forward, both = (bench["cases"].Case(10, "float32", backward) for backward in (False, True))
-    # 7 K V a token-head: 114,688 at K = V = 128.
-    assert forward.flop == 10 * 8 * 114_688
-    assert both.flop == 10 * 8 * 27 * 128 * 128
-
-
-def test_a_run_covers_the_lengths_dtypes_and_directions(bench: dict[str, ModuleType]) -> None:
-    full = bench["cases"].cases(quick=False)
-    assert {case.T for case in full} == {512, 2048, 8192}
-    assert len({(case.T, case.dtype, case.backward) for case in full}) == len(full) == 12
-    assert {case.T for case in bench["cases"].cases(quick=True)} == {512}
+def reference_worker(bench: dict[str, ModuleType], keep: bool = False) -> Any:
+    given = {"implementation": "kimi-linear:reference", "threads": 1}
+    return bench["processes"].Worker("worker.py", given, keep=keep)
 
 
 def test_a_worker_runs_what_it_was_started_for(bench: dict[str, ModuleType], inputs: tuple[Any, Path]) -> None:
     case, folder = inputs
-    settings = bench["run"].QUICK
-    with bench["processes"].Worker("kimi-linear:reference", keep=True) as worker:
+    settings = bench["operators"].QUICK
+    with reference_worker(bench, keep=True) as worker:
         bench["operators"].load(worker, case, folder, settings)
         times = worker.ask(60, do="time", min_seconds=0.0)
         memory = worker.ask(60, do="memory")
@@ -73,13 +74,13 @@ def test_a_worker_runs_what_it_was_started_for(bench: dict[str, ModuleType], inp
 
 def test_a_worker_that_cannot_start_says_why(bench: dict[str, ModuleType]) -> None:
     with pytest.raises(bench["processes"].WorkerError, match="KeyError: 'no-such-package'"):
-        bench["processes"].Worker("no-such-package", keep=False).__enter__()
+        bench["processes"].Worker("worker.py", {"implementation": "no-such-package"}, keep=False).__enter__()
 
 
 def test_a_worker_out_of_time_is_stopped(bench: dict[str, ModuleType], inputs: tuple[Any, Path]) -> None:
     case, folder = inputs
-    with bench["processes"].Worker("kimi-linear:reference", keep=False) as worker:
-        bench["operators"].load(worker, case, folder, bench["run"].QUICK)
+    with reference_worker(bench) as worker:
+        bench["operators"].load(worker, case, folder, bench["operators"].QUICK)
         with pytest.raises(bench["processes"].WorkerError, match="stopped after 0 s"):
             worker.ask(0.0, do="time", min_seconds=60.0)
         with pytest.raises(bench["processes"].WorkerError, match="its process ended"):
@@ -116,29 +117,118 @@ def test_the_resident_peak_sees_what_torch_does_not_allocate(bench: dict[str, Mo
     assert bench["worker"].allocated_peak(call)[0] == 0
 
 
-def test_a_backend_that_refuses_becomes_a_row_with_its_reason(
-    bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+def test_missing_peers_become_rows_with_the_reason(bench: dict[str, ModuleType], inputs: tuple[Any, Path]) -> None:
+    operators, case = bench["operators"], Case(8, "float32", backward=False, H=1, K=4, V=4)
+    with operators.Workers(bench["peers"].Peers(None, "no network")) as workers:
+        turns = operators.CaseTurns(case, workers, operators.QUICK)
+        for peer in operators.PEERS:
+            turns.begin(peer, inputs[1])
+    reasons = {row.engine: row.reason for row in turns.rows()}
+    assert {reasons[peer] for peer in operators.PEERS} == {"not installed: no network"}
+    assert {"kimi-linear:chunk", "kimi-linear:reference"} <= reasons.keys()
+
+
+def test_a_missing_engine_is_a_row_with_the_reason(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    engines, absent = bench["engines"], bench["peers"].Peers(None, "no network", "no network")
+    written = engines.write_models("tiny", tmp_path, None, ())
+    assert (written.checkpoint / "config.json").exists()
+    assert engines.disagreements(written, absent, tokens=8)[0] == []
+    row = engines.training_memory(written, absent, 64)
+    assert row.reason == "not installed: no network"
+
+
+def test_our_engine_does_its_work_in_a_process(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    engines, absent = bench["engines"], bench["peers"].Peers(None, "no network", "no network")
+    written = engines.write_models("tiny", tmp_path, None, ())
+    with engines.start("kimi-linear", written, "float32", absent) as worker:
+        for work in (models.Work("prefill", "float32", 8), models.Work("decode", "float32", 4, steps=2)):
+            assert worker.ask(60, **engines.request(work)) > 0
+    ours = engines.logits_of("kimi-linear", written, absent, tmp_path, 6)
+    assert engines.agreement("transformers", ours, ours) == {
+        "relative_error": 0.0,
+        "same_first_choice": 1.0,
+        "positions": 6.0,
+    }
+
+
+def test_what_takes_minutes_is_given_less_and_says_so(bench: dict[str, ModuleType]) -> None:
+    engines = bench["engines"]
+    work = models.Work("training", "bfloat16", 1024, batch=4)
+    assert engines.own_work("kimi-linear", work, engines.FULL) == work
+    less = engines.own_work("transformers", work, engines.FULL)
+    assert (less.batch, less.tokens) == (1, engines.FULL.slow_training)
+    assert engines.engines_of(work) == ["kimi-linear", "transformers"]
+    assert "transformers" not in engines.engines_of(models.Work("decode", "int4", 32, steps=8))
+
+
+def test_logits_that_differ_are_a_sentence(
+    bench: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kimi_linear.base.registry import Registry
-    from kimi_linear.ops.registry import Backend, Op
+    engines = bench["engines"]
+    ours = np.random.default_rng(0).normal(size=(4, 9))
 
-    op = Op("delta_rule")
-    op.add(Backend("triton", lambda *_: None, lambda call: ["no GPU"], ""))
-    table = Registry[Op]("operator")
-    table.add("delta_rule", op)
-    monkeypatch.setattr(bench["operators"], "OPS", table)
-    from kimi_linear.ops.delta_rule import api
+    def logits(engine: str, *_: Any) -> np.ndarray:
+        if engine == "xllamacpp":
+            best = ours[-1].argsort()[:-6:-1]
+            return np.stack([best, engines.log_softmax(ours[-1])[best]], axis=1)
+        return ours * (1.01 if engine == "llama.cpp" else 1.0)
 
-    monkeypatch.setattr(api, "DELTA_RULE", op)
-    case = bench["cases"].Case(512, "float32", backward=False)
-    assert list(bench["operators"].our_backends(case)) == [("triton", "cannot: no GPU")]
+    monkeypatch.setattr(engines, "logits_of", logits)
+    sentences, found = engines.disagreements(None, None)
+    assert sentences == ["llama.cpp and kimi-linear differ in the logits by 1.0e-02, allowed 1e-03"]
+    assert found["xllamacpp"]["relative_error"] < 1e-12
+    assert found["transformers"]["same_first_choice"] == 1.0
 
 
-def test_missing_peers_become_rows_with_the_reason(bench: dict[str, ModuleType]) -> None:
-    case = bench["cases"].Case(512, "float32", backward=False)
-    rows = [row for row, _ in bench["operators"].participants(case, bench["peers"].Peers(None, "no network"))]
-    reasons = {row.implementation: row.reason for row in rows}
-    assert reasons["fla"] == reasons["attn-gym"] == "not installed: no network"
+def peers_python() -> Path:
+    """The interpreter that has the peers, if somebody has run `make bench` here."""
+    python = ROOT / ".venv-peers" / "bin" / "python"
+    probe = [str(python), "-c", "import gguf, safetensors"]
+    if not python.exists() or subprocess.run(probe, capture_output=True).returncode != 0:
+        pytest.skip("the peers are not installed; python benchmarks/peers.py does it")
+    return python
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_a_gguf_file_holds_the_checkpoint(bench: dict[str, ModuleType], tmp_path: Path, kind: str) -> None:
+    python = peers_python()
+    config = preset("tiny")
+    model = build(config)
+    model.save_pretrained(tmp_path / "checkpoint")
+    script, target = FOLDER / "gguf_files.py", tmp_path / "model.gguf"
+    subprocess.run([python, script, tmp_path / "checkpoint", target, "--type", kind], check=True, capture_output=True)
+    read = (
+        "import gguf, json, numpy as np, sys; r = gguf.GGUFReader(sys.argv[1]); "
+        "np.savez(sys.argv[2], **{t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in r.tensors}); "
+        "f = r.fields; n = 'kimi-linear.attention.head_count_kv'; "
+        "print(json.dumps([f['general.architecture'].contents(), f[n].contents(), "
+        "f['kimi-linear.kda.head_dim'].contents()]))"
+    )
+    done = subprocess.run([python, "-c", read, target, tmp_path / "t.npz"], check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == ["kimi-linear", [0, 0, 0, 1], 16]
+    tensors = np.load(tmp_path / "t.npz")
+    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    allowed = 0.0 if kind == "f32" else 0.01
+
+    def close(name: str, expected: np.ndarray, tolerance: float = allowed) -> None:
+        found = tensors[name].reshape(expected.shape)
+        assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max(), name
+
+    close("token_embd.weight", state["model.embed_tokens.weight"])
+    close("blk.0.ffn_down.weight", state["model.layers.0.mlp.down_proj.weight"])
+    close("blk.1.ssm_a", -np.exp(state["model.layers.1.self_attn.A_log"]), 1e-6)
+    close("blk.2.ssm_conv1d_q.weight", state["model.layers.2.self_attn.q_conv1d.weight"], 0.0)
+    close("blk.1.ffn_gate_exps.weight", state["model.layers.1.mlp.experts.w1"])
+    close("blk.1.ffn_down_exps.weight", state["model.layers.1.mlp.experts.w2"])
+    key_value = state["model.layers.3.self_attn.kv_b_proj.weight"].reshape(4, 64, 16)
+    close("blk.3.attn_k_b.weight", key_value[:, :32].transpose(0, 2, 1))
+    close("blk.3.attn_v_b.weight", key_value[:, 32:])
+    # Every weight of the module is somewhere: only kv_b_proj became two.
+    assert sum(tensor.size for tensor in tensors.values()) == config.parameters()
+
+
+def test_the_engines_read_the_same_prompt(bench: dict[str, ModuleType]) -> None:
+    assert bench["engine_worker"].prompt(300, 256) == prompt(300, 256)[0].tolist()
 
 
 def test_peers_that_cannot_be_installed_are_one_sentence(
@@ -166,58 +256,147 @@ def test_peers_that_stand_as_pinned_are_left_alone(
     assert installed == [environment]
 
 
-def record(quick: bool = False) -> dict[str, Any]:
-    """A record with one case: ours at 2 microseconds, one peer at 7, one stopped."""
-
-    def row(implementation: str, us: float | None, reason: str = "") -> dict[str, Any]:
-        made = {"implementation": implementation, "version": "1.2", "reason": reason, "memory": None}
-        case = {"T": 512, "dtype": "float32", "backward": False, "B": 1, "H": 8, "K": 128, "V": 128}
-        made |= {"case": case, "seconds": []}
-        if us is not None:
-            made |= {"us_per_token_head": {"low": us - 0.5, "median": us, "high": us + 0.5}, "gflops": 114.688 / us}
-            made["memory"] = {"allocated_per_channel": 12.34, "resident_per_channel": None}
-        return made
-
+def full_record(engine_share: float = 1.0) -> dict[str, Any]:
+    """A made-up record in which every aim can be judged; `engine_share` scales our rates."""
+    threads = torch.get_num_threads()
+    rows = []
+    for dtype, backward, us in (
+        ("float32", False, 0.7),
+        ("float32", True, 3.3),
+        ("bfloat16", False, 0.5),
+        ("bfloat16", True, 2.6),
+    ):
+        for engine, factor in (("kimi-linear:cpu", 1 / engine_share), ("kimi-linear:chunk", 5.0), ("fla", 30.0)):
+            case = Case(4096, dtype, backward)
+            rows.append(operator_row(engine, case, [us * factor * 1e-6 * case.token_heads / threads], "1.2"))
+    rows[0].extra["memory"] = {"allocated_per_channel": 12.34, "resident_per_channel": None}
+    rows.append(operator_row("attn-gym", Case(4096, "float32", False), [], reason="stopped after 60 s"))
+    cold = {"operator": "kda_core_decode", "N": 16, "heads": 8, "K": 128}
+    rows.append(Row("decode update", "kimi-linear:cpu", cold, "GB/s", [54.0], 54.0, "copy_gigabytes"))
+    rates = {"kimi-linear": 400.0 * engine_share, "llama.cpp": 100.0, "xllamacpp": 50.0, "transformers": 8.0}
+    config = preset("300m")
+    for work in models.works(quick=False):
+        for engine, rate in rates.items():
+            rows.append(models.rate_row(work, engine, config, [work.counted / rate]))
+    for tokens, us in ((1024, 10.5), (4096, 10.0), (262144, 10.2)):
+        for weights in ("bfloat16", "float32"):
+            case = {"weights": weights, "tokens": tokens, "piece": min(tokens, 4096)}
+            rows.append(Row("layer", "kimi-linear", case, "us per token", [us]))
+    for engine, ms in (("300m", 40.0), ("300m-mla", 160.0), ("300m-gqa", 150.0)):
+        extra = {"cache_bytes": 2**30}
+        rows.append(
+            Row("context", engine, {"context": 1048576}, "ms per token", [ms], 30.0, "read_gigabytes", extra=extra)
+        )
+    step = {"tokens": 8192, "arithmetic": "fp32", "recompute": False}
+    rows.append(Row("memory", "kimi-linear", step, "GiB", [0.5]))
+    rows.append(Row("memory", "transformers", step, "GiB", reason="out of memory", extra={"more_than_gib": 16.0}))
     machine = {"machine": "toy-2-cores", "cpu": "Toy", "flags": ["avx2"], "cores": 2, "threads": 2, "load": 0.1}
-    machine |= {"system": "Linux x86_64", "python": "3.11.0", "torch": "2.13.0", "commit": "abc"}
-    names = ("gemm_float32", "gemm_bfloat16", "batched_gemm_float32", "batched_gemm_bfloat16", "copy_gigabytes")
-    rows = [row("kimi-linear:chunk", 2.0), row("fla", 7.0), row("attn-gym", None, "stopped after 120 s")]
-    ceilings = dict.fromkeys(names, 100.0)
-    return {"date": "2026-01-01 00:00 UTC", "quick": quick, "machine": machine, "ceilings": ceilings, "rows": rows}
+    machine |= {"system": "Linux x86_64", "python": "3.11.0", "torch": "2.13.0", "commit": "abc", "native": "avx2"}
+    ceilings = {"fma_float32": 480.0, "dot_bfloat16": 960.0, "copy_gigabytes": 60.0, "read_gigabytes": 70.0}
+    agreement = {
+        "operators": {"fla": {"o": 1e-7, "d_q": 2e-6}},
+        "logits": {
+            "transformers": {"relative_error": 3e-6, "same_first_choice": 1.0, "positions": 48.0},
+            "llama.cpp": {"reason": "not installed: no compiler"},
+        },
+    }
+    return {
+        "schema": SCHEMA,
+        "date": "2026-01-01 00:00 UTC",
+        "quick": False,
+        "model": "300m",
+        "parameters": config.parameters(),
+        "agreement": agreement,
+        "machine": machine,
+        "ceilings": ceilings,
+        "rows": [row.as_dict() for row in rows],
+    }
 
 
-def test_the_tables_hold_the_numbers_of_the_record(bench: dict[str, ModuleType]) -> None:
-    text = bench["report"].render([record()], "results")
-    assert "| kimi-linear chunk | 512 | 2.00 | 1.50 to 2.50 | 57.3 | 57.3 % | 3.50x | - |" in text
-    assert "| fla 1.2 `naive_chunk_kda` | 512 | 7.00 | 6.50 to 7.50 | 16.4 | 16.4 % | - | - |" in text
-    assert 'attn-gym 1.2 `chunk_kda(impl="reference")` | 512 | stopped after 120 s |' in text
-    assert "| kimi-linear chunk | 512 | 12.3 | - |" in text
-    assert "results/toy-2-cores.png" in text
+def test_every_aim_is_judged_from_the_record(bench: dict[str, ModuleType]) -> None:
+    found = bench["aims"].verdicts(full_record())
+    assert len(found) == 15
+    # Equal to the aim counts as reached, rounding aside.
+    assert all(verdict.ratio is not None and verdict.ratio > 0.999 for verdict in found)
+    by_name = {(verdict.what, verdict.aim): verdict for verdict in found}
+    assert found[0].reached == "0.70 us"
+    prefill = by_name["297M model, prefill 4096, bfloat16", ">= 4x llama.cpp bfloat16"]
+    assert prefill.reached == "4.00x (400 and 100 tokens/s)"
+    training = by_name["297M model, training forward + backward, batch x 1024 tokens", ">= 50x transformers"]
+    assert training.mark == "1.00 reached"
+    assert by_name["KDA layer prefill, cost of a token, 1k to 256k", "flat within 10 %"].reached == "within 5 %"
+    assert found[-1].mark == "at least 1.60, reached"
 
 
-def test_the_newest_record_of_a_machine_is_shown_with_its_plot(bench: dict[str, ModuleType], tmp_path: Path) -> None:
-    old = record()
-    new = {**record(), "date": "2026-02-01 00:00 UTC"}
-    (tmp_path / "z-old.json").write_text(bench["run"].to_json(old))
-    (tmp_path / "a-new.json").write_text(bench["run"].to_json(new))
+def test_a_slower_engine_misses_its_aims(bench: dict[str, ModuleType]) -> None:
+    found = bench["aims"].verdicts(full_record(engine_share=0.5))
+    missed = [verdict for verdict in found if verdict.ratio is not None and verdict.ratio < 1]
+    assert len(missed) == 8
+    assert missed[0].mark == "0.54 missed"
+
+
+def test_an_aim_without_figures_says_so(bench: dict[str, ModuleType]) -> None:
+    found = bench["aims"].verdicts({**full_record(), "rows": []})
+    assert len(found) == 15
+    assert all(verdict.ratio is None and "not measured" in verdict.reached for verdict in found)
+    assert {verdict.mark for verdict in found} == {"-"}
+
+
+def test_the_page_begins_with_the_aims_and_holds_the_numbers_of_the_record(bench: dict[str, ModuleType]) -> None:
+    text = bench["report"].render([full_record()], "results")
+    assert text.index("reached / aim") < text.index("### Ceilings")
+    assert "| KDA forward, float32 inputs, T=4096, H=8, K=V=128 | <= 0.75 us | 0.70 us | 1.07 reached |" in text
+    assert "| forward | float32 | 1 | 4096 | 8 | kimi-linear cpu 1.2 | 0.7 |" in text
+    assert "| forward | float32 | 1 | 4096 | 8 | attn-gym | stopped after 60 s |" in text
+    assert "| forward | 4096 | kimi-linear cpu 1.2 | 12.3 | - |" in text
+    assert "| kda_core_decode | 16 | 8 | 128 | kimi-linear cpu | 54 |  | 90 % of copy gigabytes |" in text
+    assert "| transformers | logits | 3.0e-06 | 100 % of 48 first choices the same |" in text
+    assert "| llama.cpp | logits | - | not installed: no compiler |" in text
+    assert "| 8192 | fp32 | False | transformers | out of memory |" in text
+    for picture in bench["plots"].PICTURES:
+        assert f"(results/toy-2-cores-{picture}.png)" in text
+    # No row of a table is broken by a cell.
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)
+
+
+def test_a_page_without_records_says_what_to_do(bench: dict[str, ModuleType]) -> None:
+    assert bench["report"].render([], "results").endswith("run `make bench`.\n")
+
+
+def test_the_newest_record_of_a_machine_is_shown_with_its_plots(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    save(full_record(), tmp_path / "z-old.json")
+    save({**full_record(), "date": "2026-02-01 00:00 UTC"}, tmp_path / "a-new.json")
+    (tmp_path / "older-schema.json").write_text(json.dumps({"machine": {"machine": "x"}, "date": "2027"}))
     bench["report"].write(tmp_path, tmp_path / "RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "2026-02-01" in text
     assert "2026-01-01" not in text
-    assert "(./toy-2-cores.png)" in text
-    assert (tmp_path / "toy-2-cores.png").read_bytes().startswith(b"\x89PNG")
+    for picture in bench["plots"].PICTURES:
+        assert (tmp_path / f"toy-2-cores-{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_record_survives_json(bench: dict[str, ModuleType]) -> None:
-    assert json.loads(bench["run"].to_json(record())) == record()
+def test_a_partial_record_makes_a_page_too(bench: dict[str, ModuleType], tmp_path: Path) -> None:
+    record = full_record()
+    record["rows"] = [row for row in record["rows"] if row["section"] == "context"]
+    save(record, tmp_path / "a.json")
+    bench["report"].write(tmp_path, tmp_path / "RESULTS.md")
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert "toy-2-cores-context.png" in drawn
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert all(name in text for name in drawn)
+    assert text.count("](./toy-2-cores") == len(drawn)
 
 
-def test_the_published_tables_are_those_of_the_published_records(bench: dict[str, ModuleType]) -> None:
+def test_a_record_survives_json() -> None:
+    assert json.loads(to_json(full_record())) == full_record()
+
+
+def test_the_published_page_is_that_of_the_published_records(bench: dict[str, ModuleType]) -> None:
     """Tables are generated, never typed."""
     report = bench["report"]
-    records = report.load_newest()
-    published = report.TABLES.read_text(encoding="utf-8") if report.TABLES.exists() else None
-    assert published == (report.render(records, report.RESULTS.name) if records else None)
+    published = report.PAGE.read_text(encoding="utf-8")
+    assert published == report.render(report.load_newest(), report.RESULTS.name)
 
 
 def test_the_gate_is_red_on_a_failing_or_missing_test(bench: dict[str, ModuleType], tmp_path: Path) -> None:
@@ -236,29 +415,45 @@ def test_the_gate_says_when_nothing_is_selected(bench: dict[str, ModuleType], tm
     assert not verdict.green
 
 
+def given_arguments(bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, green: bool) -> ModuleType:
+    run = bench["run"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick"])
+    verdict = bench["gate"].Verdict(green, False, "" if green else "1 failed")
+    monkeypatch.setattr(run.gate, "run_tests", lambda *_, **__: verdict)
+    monkeypatch.setattr(run.ceilings, "measure", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(run, "publish", lambda *_: pytest.fail("written"))
+    return run
+
+
 def test_nothing_is_measured_or_written_behind_a_red_gate(
     bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = bench["run"]
-    monkeypatch.setattr(sys, "argv", ["run.py"])
-    monkeypatch.setattr(run.gate, "run_tests", lambda: bench["gate"].Verdict(False, False, "1 failed"))
-    monkeypatch.setattr(run, "measure_all", lambda *_: pytest.fail("measured"))
-    monkeypatch.setattr(run, "save", lambda *_: pytest.fail("written"))
+    run = given_arguments(bench, monkeypatch, green=False)
+    monkeypatch.setattr(run.peers, "ensure", lambda: pytest.fail("installed"))
     assert run.main() == 1
-    assert "nothing measured: the operator's tests are not green.\n1 failed" in capsys.readouterr().err
+    assert "nothing measured: the operators' tests are not green.\n1 failed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("where", ["operators", "engines"])
 def test_nothing_is_measured_when_a_peer_disagrees(
-    bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
 ) -> None:
-    run = bench["run"]
-    monkeypatch.setattr(sys, "argv", ["run.py", "--quick"])
-    monkeypatch.setattr(run.gate, "run_tests", lambda: bench["gate"].Verdict(True, False, ""))
+    run = given_arguments(bench, monkeypatch, green=True)
     monkeypatch.setattr(run.peers, "ensure", lambda: bench["peers"].Peers(Path("python")))
-    monkeypatch.setattr(run.operators, "disagreements", lambda *_: ["fla and kimi-linear differ in o by 1.0e-02"])
-    monkeypatch.setattr(run, "measure_all", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(run.engines, "write_models", lambda *_: None)
+    for module in ("operators", "engines"):
+        sentences = ["a peer and kimi-linear differ by 1.0e-02"] if module == where else []
+        monkeypatch.setattr(bench[module], "disagreements", lambda *_, found=sentences: (list(found), {}))
     assert run.main() == 1
-    assert "differ in o by 1.0e-02." in capsys.readouterr().err
+    assert "nothing measured: a peer and kimi-linear differ by 1.0e-02." in capsys.readouterr().err
+
+
+def test_an_unknown_part_is_refused(bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "dance"])
+    with pytest.raises(SystemExit):
+        bench["run"].parse_arguments()
+    monkeypatch.setattr(sys, "argv", ["run.py", "context"])
+    assert isinstance(bench["run"].parse_arguments(), argparse.Namespace)
 
 
 def gpu_check(*options: str) -> str:
@@ -284,7 +479,7 @@ def test_the_gpu_check_compares_with_the_float64_reference(
     """The comparison itself runs on any device; here the one there is."""
     check = bench["gpu_check"]
     monkeypatch.setattr(check, "DEVICE", "cpu")
-    case = bench["cases"].Case(7, "float32", backward=True, H=2, K=8, V=8)
+    case = Case(7, "float32", backward=True, H=2, K=8, V=8)
     assert check.check(case, "chunk") == ""
     right = check.call
 
@@ -294,11 +489,3 @@ def test_the_gpu_check_compares_with_the_float64_reference(
 
     monkeypatch.setattr(check, "call", wrong)
     assert check.check(case, "chunk").startswith("o is off by 1.0e-02, allowed")
-
-
-def test_a_ceiling_is_a_rate(bench: dict[str, ModuleType]) -> None:
-    machine = bench["machine"]
-    assert machine.gemm_rate(torch.float32, (8, 8, 8), 1, 0.0) > 0
-    assert machine.copy_rate(0.0, size=2**16) > 0
-    assert machine.slug("AMD EPYC 9B45 (x) @ 3GHz", 2) == "amd-epyc-9b45-2-cores"
-    assert machine.describe()["cores"] >= 1

@@ -29,8 +29,20 @@ TOKENS = {
 PARAMETERS: dict[str, tuple[str, ...]] = {"delta_rule": (), "kda_core": ("A_log", "dt_bias")}
 GATE_GRADIENTS = ("log_decay", "gate", "beta", "A_log", "dt_bias")
 BACKENDS = [(op, backend) for op in FUNCTIONS for backend in ops.backends(op)]
+BACKEND_DTYPES = [(op, backend, dtype) for op in FUNCTIONS for backend, dtype in ops.backend_dtypes(op)]
 
 Inputs = dict[str, Any]
+
+
+def widest(op: str, backend: str) -> torch.dtype:
+    """Return the most precise dtype a backend runs."""
+    return torch.float64 if backend in ops.backends(op, torch.float64) else torch.float32
+
+
+def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Compare results that differ by the order of operations, by the output tolerance of their dtypes."""
+    for one, other in zip(found, expected, strict=True):
+        ops.assert_close(one, other)
 
 
 def draw(case: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:

@@ -4,6 +4,7 @@ Matrix products are counted by torch; our operators, which it cannot look into, 
 causal attention by the pairs that see each other.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,12 +38,17 @@ def _grouped_mlp(
     return 2 * weights[0] * weights[1] * 3 * w1[1] * w1[2]
 
 
+def _linear(x: list[int], weight: list[int], *rest: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "short_conv": _short_conv,
     "kda_core": _delta,
     "delta_rule": _delta,
     "attention": _attention,
     "grouped_mlp": _grouped_mlp,
+    "linear": _linear,
 }
 
 

@@ -4,6 +4,7 @@ A call is a function and its keyword arguments, as an operator's specs.py draws 
 arguments are what gradients are taken of.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kimi_linear.base.numerics import relative_error, tolerance
-from kimi_linear.ops.registry import OPS
+from kimi_linear.ops import native
+from kimi_linear.ops.registry import OPS, Call
 
 Arguments = dict[str, Any]
 Function = Callable[..., Any]
@@ -21,9 +23,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COTANGENT_SEED = 1234
 
 
-def backends(op: str) -> list[str]:
-    """Return the names of an operator's backends, for parametrising."""
-    return [backend.name for backend in OPS[op].backends]
+def backends(op: str, *dtypes: torch.dtype) -> list[str]:
+    """Return the names of an operator's backends, for parametrising: of those that run all these dtypes on the CPU.
+
+    Where there are no native kernels their backend is left out.
+    """
+    missing = {"cpu"} if native.why_unavailable() else set()
+    sizes: dict[str, int] = defaultdict(lambda: 1)
+    calls = [Call("cpu", str(dtype).removeprefix("torch."), needs_grad=False, sizes=sizes) for dtype in dtypes]
+    found = [b.name for b in OPS[op].backends if not any(b.refuse(call) for call in calls)]
+    return [name for name in found if name not in missing]
+
+
+def backend_dtypes(op: str) -> list[tuple[str, torch.dtype]]:
+    """Return every backend of an operator with every dtype it runs, for parametrising."""
+    return [(backend, dtype) for dtype in DTYPES for backend in backends(op, dtype)]
 
 
 def is_floating(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import typer
 
@@ -21,6 +22,9 @@ def generate(
     seed: int | None = typer.Option(None, help="Same seed, same text."),
     dtype: str | None = typer.Option(None, help="bfloat16, float32, ...; default: as stored."),
     device: str = typer.Option("cpu", help="cpu, cuda, ..."),
+    weights: str | None = typer.Option(
+        None, help="Pack the weights for speed on the CPU: float32, bfloat16, int8 or int4. Default: plain modules."
+    ),
 ) -> None:
     """Continue a text, printing it as it comes."""
     text = sys.stdin.read() if prompt is None else prompt
@@ -28,6 +32,7 @@ def generate(
         raise ConfigError("the prompt is empty; give --prompt or text on standard input.")
     # Loading torch takes seconds; --help should not.
     from kimi_linear.causal_lm import load_model
+    from kimi_linear.inference.native.engine import WeightKind
     from kimi_linear.inference.params import SamplingParams
     from kimi_linear.training.data import Tokenizer
 
@@ -41,7 +46,7 @@ def generate(
         stop=tuple(stop),
         seed=seed,
     )
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_model(model, dtype=dtype, device=device, weights=cast(WeightKind | None, weights), keep_weights=False)
     if not (Path(model) / "tokenizer.json").exists():
         raise CheckpointError(f"{model} has no tokenizer.json; put the model's tokenizer beside its weights.")
     tokenizer = Tokenizer.load(model)

@@ -13,7 +13,9 @@ def train(
     run_dir: str | None = typer.Option(None, help="Directory of the run (runs/train); an unfinished one goes on."),
     config: str | None = typer.Option(None, help="JSON file with a whole run configuration; flags go over it."),
     data: str | None = typer.Option(None, help='"sotu", or a .txt, .jsonl or .parquet file, or a directory of them.'),
-    model: str | None = typer.Option(None, help="Preset: tiny, demo, 150m, 300m, 1b, ..., each also with -gdn and -mla."),
+    model: str | None = typer.Option(
+        None, help="Preset: tiny, demo, 150m, 300m, 1b, ..., each also with -gdn and -mla."
+    ),
     max_steps: int | None = typer.Option(None, help="Optimizer steps."),
     max_minutes: float | None = typer.Option(None, help="Wall time; the schedule follows it."),
     seq_len: int | None = typer.Option(None, help="Tokens a row."),

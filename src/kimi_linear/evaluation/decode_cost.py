@@ -23,6 +23,10 @@ class DecodeCost:
     seconds: float
 
 
+# Tokens of random numbers that are repeated over a context: drawing a million of them would take a minute.
+_RANDOM_TOKENS = 4096
+
+
 def filled_cache(model: KimiLinearLM, context: int, *, room: int = 64, seed: int = 0) -> Cache:
     """Return a cache of one sequence as long as `context` tokens would leave it, with random contents.
 
@@ -40,9 +44,17 @@ def filled_cache(model: KimiLinearLM, context: int, *, room: int = 64, seed: int
             layer.lengths = torch.full_like(layer.lengths, context)
         for tensor in layer.tensors().values():
             if tensor.is_floating_point():
-                tensor.normal_(generator=generator)
+                _fill(tensor, generator)
     cache.lengths = torch.full_like(cache.lengths, context)
     return cache
+
+
+def _fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """Overwrite a tensor [1, tokens, ...] with random numbers that repeat after many tokens."""
+    pattern = tensor[:, :_RANDOM_TOKENS].normal_(generator=generator)
+    for start in range(_RANDOM_TOKENS, tensor.shape[1], _RANDOM_TOKENS):
+        piece = tensor[:, start : start + _RANDOM_TOKENS]
+        piece.copy_(pattern[:, : piece.shape[1]])
 
 
 @torch.inference_mode()

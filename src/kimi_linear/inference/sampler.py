@@ -11,6 +11,8 @@ from torch import Tensor
 
 from kimi_linear.base.errors import ConfigError, KimiLinearError, ShapeError
 from kimi_linear.inference.params import SamplingParams
+from kimi_linear.ops import native
+from kimi_linear.ops.native.library import DTYPES
 
 __all__ = ["RowGenerator", "SamplingParams", "sample"]
 
@@ -89,6 +91,9 @@ def sample(
         >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), None, SamplingParams(temperature=0.0)).tolist()
         [1]
     """
+    greedy = params.temperature == 0 and params.repetition_penalty == 1.0
+    if greedy and (tokens := _native_argmax(logits)) is not None:
+        return tokens
     _check(logits, history, params, generator)
     scores = logits.double()
     if params.repetition_penalty != 1.0 and history is not None:
@@ -109,10 +114,21 @@ def sample(
     return torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
+def _native_argmax(logits: Tensor) -> Tensor | None:
+    """Return the greedy picks, or None where the native kernel does not run or the logits are not as they should be."""
+    if logits.dim() != 2 or logits.dtype not in DTYPES or logits.device.type != "cpu" or native.why_unavailable():
+        return None
+    rows = logits.detach().contiguous()
+    tokens = torch.empty(rows.shape[0], dtype=torch.int64)
+    native.kernel("sample_argmax", "ipiip")(DTYPES[rows.dtype], rows, *rows.shape, tokens)
+    return None if min(tokens.tolist(), default=0) < 0 else tokens
+
+
 def _check(logits: Tensor, history: Tensor | None, params: SamplingParams, generator: RowGenerator | None) -> None:
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ShapeError(f"sample: logits are {list(logits.shape)}, expected [B, V] with V >= 1.")
-    if not bool(logits.isfinite().all()):
+    # NaN and infinities survive a sum; only a sum that is not finite is worth a look at every entry.
+    if not math.isfinite(float(logits.detach().sum(dtype=torch.float64))) and not bool(logits.isfinite().all()):
         rows = (~logits.isfinite()).any(-1).nonzero()[:, 0].tolist()
         raise KimiLinearError(
             f"sample: the logits of row {', '.join(map(str, rows))} hold NaN or an infinity, expected finite numbers; "

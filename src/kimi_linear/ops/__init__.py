@@ -21,6 +21,7 @@ from kimi_linear.ops.norm import gated_rms_norm, l2_norm, rms_norm
 from kimi_linear.ops.orthogonalise import orthogonalise
 from kimi_linear.ops.registry import OPS, Call, why
 from kimi_linear.ops.rope import apply_rope
+from kimi_linear.ops.swiglu import swiglu
 
 __all__ = [
     "OPS",
@@ -50,5 +51,6 @@ __all__ = [
     "short_conv",
     "short_conv_decode",
     "ssd",
+    "swiglu",
     "why",
 ]

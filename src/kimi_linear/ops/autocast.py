@@ -28,6 +28,13 @@ def cast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that `cast_inputs` would give the tensor, without casting it."""
+    if not autocast_enabled(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which matrix products keep the dtype they are given."""
     return torch.autocast(device.type, enabled=False) if autocast_enabled(device.type) else nullcontext()

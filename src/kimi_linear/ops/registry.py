@@ -78,8 +78,10 @@ class Op:
     def _wanted_everywhere(self) -> str | None:
         """Return the backend that KIMI_LINEAR_BACKEND asks of every operator, if this one has it."""
         wanted = env.read("KIMI_LINEAR_BACKEND")
+        if not wanted:
+            return None
         known = {backend.name for _, op in OPS.items() for backend in op.backends} | set(self._backends)
-        if wanted and wanted not in known:
+        if wanted not in known:
             raise BackendError(f"KIMI_LINEAR_BACKEND: {unknown_name('backend', wanted, sorted(known))}")
         return wanted if wanted in self._backends else None
 

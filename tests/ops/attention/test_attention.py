@@ -10,12 +10,14 @@ from torch import Tensor
 
 from kimi_linear.base.errors import BackendError, DtypeError, ShapeError
 from kimi_linear.ops import attention
-from kimi_linear.ops.attention import blocks, reference, sdpa
+from kimi_linear.ops.attention import blocks, cpu, reference, sdpa
 from kimi_linear.ops.attention.specs import SPECS, AttentionSpec
 from support import ops
 
 BACKENDS = ops.backends("attention")
 EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+# Those that run float64, where another order of a few operations cannot hide a mistake.
+EACH_IN_FLOAT64 = pytest.mark.parametrize("backend", ops.backends("attention", torch.float64))
 EACH_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 BY_NAME = {spec.name: spec for spec in SPECS}
 SMALL = [spec for spec in SPECS if spec.T < 100]
@@ -23,14 +25,13 @@ PACKED = [spec for spec in SPECS if spec.cu_seqlens is not None]
 
 
 @EACH_SPEC
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-@EACH_BACKEND
+@pytest.mark.parametrize(("backend", "dtype"), ops.backend_dtypes("attention"), ids=str)
 def test_backend_matches_the_float64_reference(backend: str, dtype: torch.dtype, spec: AttentionSpec) -> None:
     ops.assert_matches_reference(attention, spec.inputs(dtype), backend, dtype)
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
-@EACH_BACKEND
+@EACH_IN_FLOAT64
 def test_blocks_of_the_least_height_match_the_reference(
     backend: str, spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,12 +50,12 @@ def test_blocks_of_the_least_height_match_the_reference(
     ],
     ids=lambda spec: spec.name,
 )
-@EACH_BACKEND
+@EACH_IN_FLOAT64
 def test_gradients_match_finite_differences(backend: str, spec: AttentionSpec) -> None:
     assert ops.gradcheck(lambda **a: attention(**a, backend=backend), spec.inputs(torch.float64))
 
 
-@EACH_BACKEND
+@EACH_IN_FLOAT64
 def test_each_output_is_the_equation_written_out(backend: str) -> None:
     inputs = AttentionSpec("loop", T=3, S=5, Hq=4, Hkv=2, window=3).inputs(torch.float64)
     q, k, v = inputs["q"][0], inputs["k"][0], inputs["v"][0]
@@ -67,7 +68,7 @@ def test_each_output_is_the_equation_written_out(backend: str) -> None:
             ops.assert_close(o[t, h], expected)
 
 
-@EACH_BACKEND
+@EACH_IN_FLOAT64
 def test_square_call_is_torchs_own_attention_and_gradients(backend: str) -> None:
     def torchs(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -83,7 +84,7 @@ def test_square_call_is_torchs_own_attention_and_gradients(backend: str) -> None
 
 
 @pytest.mark.parametrize(("Hkv", "repeats"), [(1, 4), (2, 2)], ids=["multi_query", "grouped"])
-@EACH_BACKEND
+@EACH_IN_FLOAT64
 def test_grouped_heads_equal_all_heads_on_repeated_keys(backend: str, Hkv: int, repeats: int) -> None:
     inputs = AttentionSpec("grouped", T=11, S=11, Hq=4, Hkv=Hkv).inputs(torch.float64)
     repeated = {name: inputs[name].repeat_interleave(repeats, dim=2) for name in ("k", "v")}
@@ -91,7 +92,7 @@ def test_grouped_heads_equal_all_heads_on_repeated_keys(backend: str, Hkv: int, 
 
 
 @pytest.mark.parametrize("window", [17, 18, 1000])
-@EACH_BACKEND
+@EACH_IN_FLOAT64
 def test_window_of_at_least_all_keys_changes_nothing(backend: str, window: int) -> None:
     inputs = BY_NAME["square"].inputs(torch.float64)
     plain = ops.run_with_gradients(lambda **a: attention(**a, backend=backend), inputs)
@@ -107,7 +108,7 @@ def test_window_of_one_returns_the_tokens_own_value(backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["square", "window", "grouped_heads"])
 @pytest.mark.parametrize("cut", [0, 1, 6, 12])
-@EACH_BACKEND
+@EACH_IN_FLOAT64
 def test_queries_cut_anywhere_continue_from_the_cached_keys(backend: str, cut: int, name: str) -> None:
     inputs = BY_NAME[name].inputs(torch.float64)
     whole = attention(**inputs, backend=backend)
@@ -117,7 +118,7 @@ def test_queries_cut_anywhere_continue_from_the_cached_keys(backend: str, cut: i
 
 
 @pytest.mark.parametrize("spec", PACKED, ids=lambda spec: spec.name)
-@EACH_BACKEND
+@EACH_IN_FLOAT64
 def test_packed_sequences_equal_separate_calls(backend: str, spec: AttentionSpec) -> None:
     inputs = spec.inputs(torch.float64)
     (o,), grads = ops.run_with_gradients(lambda **a: attention(**a, backend=backend), inputs)
@@ -162,7 +163,7 @@ def test_scores_far_apart_stay_finite(backend: str) -> None:
     assert all(bool(x.isfinite().all()) for x in (o, *grads.values()))
 
 
-@EACH_BACKEND
+@EACH_IN_FLOAT64
 def test_the_scale_multiplies_the_scores(backend: str) -> None:
     inputs = BY_NAME["square"].inputs(torch.float64)
     default = attention(**inputs, backend=backend)
@@ -204,6 +205,16 @@ def test_custom_ops_pass_opcheck(forward: Any, backward: Any, name: str) -> None
     args = (a["q"], a["k"], a["v"], a["cu_seqlens"], offsets_k, 0.3, a["window"])
     ops.opcheck(forward, *ops.requiring_grad(*args))
     ops.opcheck(backward, torch.randn_like(forward(*args)), *args)
+
+
+@pytest.mark.parametrize("name", ["grouped_heads", "wide_value", "window", "packed", "packed_continued"])
+def test_native_custom_ops_pass_opcheck(name: str) -> None:
+    a = BY_NAME[name].inputs(torch.float32)
+    packing = (a["cu_seqlens"], a["cu_seqlens"] if a["cu_seqlens_k"] is None else a["cu_seqlens_k"])
+    tensors, rest = (a["q"], a["k"], a["v"]), (*packing, 0.3, a["window"])
+    ops.opcheck(cpu.attention_cpu, *ops.requiring_grad(*tensors), *rest)
+    kept = cpu.attention_cpu(*tensors, *rest)
+    ops.opcheck(cpu.attention_cpu_backward, torch.randn_like(kept[0]), *tensors, *kept, *rest)
 
 
 @pytest.mark.parametrize("name", ["square", "packed"])

@@ -7,13 +7,17 @@ import torch.nn.functional as F
 
 from kimi_linear.base.errors import BackendError, ConfigError, DtypeError, ShapeError
 from kimi_linear.ops import short_conv
-from kimi_linear.ops.conv import chunk, reference
+from kimi_linear.ops.conv import chunk, cpu, reference
 from kimi_linear.ops.conv.specs import SPECS, ConvSpec
 from support import ops
 
 BACKENDS = ops.backends("short_conv")
 CASES = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+EACH_FLOAT64 = pytest.mark.parametrize("backend", ops.backends("short_conv", torch.float64))
+EACH_DTYPE = pytest.mark.parametrize(("backend", "dtype"), ops.backend_dtypes("short_conv"))
+# The widest dtype that a backend runs.
+WIDEST = {backend: dtype for dtype in (torch.float32, torch.float64) for backend in ops.backends("short_conv", dtype)}
 BY_NAME = {spec.name: spec for spec in SPECS}
 PACKED = [spec for spec in SPECS if spec.lengths is not None]
 EACH_TILE = pytest.mark.usefixtures("tile")
@@ -27,8 +31,7 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @EACH_TILE
 @CASES
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-@EACH_BACKEND
+@EACH_DTYPE
 def test_backend_matches_the_float64_reference(backend: str, dtype: torch.dtype, spec: ConvSpec) -> None:
     ops.assert_matches_reference(short_conv, spec.inputs(dtype), backend, dtype)
 
@@ -37,14 +40,14 @@ def test_backend_matches_the_float64_reference(backend: str, dtype: torch.dtype,
 @pytest.mark.parametrize(
     "spec", [s for s in SPECS if s.name in ("T2", "linear", "packed_empty_middle", "one_tap")], ids=lambda s: s.name
 )
-@EACH_BACKEND
+@EACH_FLOAT64
 def test_gradients_match_finite_differences(backend: str, spec: ConvSpec) -> None:
     assert ops.gradcheck(lambda **a: short_conv(**a, backend=backend), spec.inputs(torch.float64))
 
 
 @EACH_BACKEND
 def test_unpacked_call_is_torchs_causal_convolution(backend: str) -> None:
-    inputs = ConvSpec("plain", B=2, T=9, initial_state=False).inputs(torch.float64)
+    inputs = ConvSpec("plain", B=2, T=9, initial_state=False).inputs(WIDEST[backend])
     x, weight = inputs["x"], inputs["weight"]
     padded = F.pad(x.transpose(1, 2), (weight.shape[1] - 1, 0))
     expected = F.silu(F.conv1d(padded, weight.unsqueeze(1), groups=x.shape[2])).transpose(1, 2)
@@ -57,7 +60,7 @@ def test_unpacked_call_is_torchs_causal_convolution(backend: str) -> None:
 @EACH_BACKEND
 @pytest.mark.parametrize("split", range(10))
 def test_a_call_cut_anywhere_equals_the_whole(backend: str, split: int) -> None:
-    inputs = ConvSpec("whole", B=2, T=9).inputs(torch.float64)
+    inputs = ConvSpec("whole", B=2, T=9).inputs(WIDEST[backend])
     y, state = short_conv(**inputs, backend=backend)
     head, middle = short_conv(**{**inputs, "x": inputs["x"][:, :split]}, backend=backend)
     tail, end = short_conv(**{**inputs, "x": inputs["x"][:, split:], "initial_state": middle}, backend=backend)
@@ -69,7 +72,7 @@ def test_a_call_cut_anywhere_equals_the_whole(backend: str, split: int) -> None:
 @pytest.mark.parametrize("spec", PACKED, ids=lambda spec: spec.name)
 @EACH_BACKEND
 def test_packed_sequences_equal_separate_calls(backend: str, spec: ConvSpec) -> None:
-    inputs = spec.inputs(torch.float64)
+    inputs = spec.inputs(WIDEST[backend])
     y, state = short_conv(**inputs, backend=backend)
     offsets = inputs.pop("cu_seqlens").tolist()
     for n, (start, stop) in enumerate(itertools.pairwise(offsets)):
@@ -101,7 +104,7 @@ def test_changing_a_token_changes_nothing_before_it(backend: str) -> None:
 @EACH_TILE
 @EACH_BACKEND
 def test_the_gradient_of_the_final_state_alone_reaches_its_inputs(backend: str) -> None:
-    inputs = ConvSpec("tail", T=2).inputs(torch.float64)
+    inputs = ConvSpec("tail", T=2).inputs(WIDEST[backend])
     outputs, _ = ops.run_with_gradients(short_conv, inputs)
     grads = [torch.zeros_like(outputs[0]), torch.ones_like(outputs[1])]
     _, found = ops.run_with_gradients(lambda **a: short_conv(**a, backend=backend), inputs, grads)
@@ -114,7 +117,7 @@ def test_the_gradient_of_the_final_state_alone_reaches_its_inputs(backend: str) 
 @pytest.mark.parametrize("name", ["x", "weight", "initial_state"])
 @EACH_BACKEND
 def test_a_gradient_of_one_input_alone_equals_that_of_all(backend: str, name: str) -> None:
-    inputs = BY_NAME["packed_ragged"].inputs(torch.float64)
+    inputs = BY_NAME["packed_ragged"].inputs(WIDEST[backend])
     _, every = ops.run_with_gradients(lambda **a: short_conv(**a, backend=backend), inputs)
     _, one = ops.run_with_gradients(lambda **a: short_conv(**a, backend=backend), inputs, wanted=[name])
     assert list(one) == [name]
@@ -173,8 +176,9 @@ def test_the_call_compiles_whole(backend: str, name: str) -> None:
     [
         (reference.short_conv_reference, reference.short_conv_reference_backward),
         (chunk.short_conv_chunk, chunk.short_conv_chunk_backward),
+        (cpu.short_conv_cpu, cpu.short_conv_cpu_backward),
     ],
-    ids=["reference", "chunk"],
+    ids=["reference", "chunk", "cpu"],
 )
 def test_custom_ops_pass_opcheck(forward: Any, backward: Any, name: str) -> None:
     inputs = BY_NAME[name].inputs(torch.float32)

@@ -1,3 +1,4 @@
+import functools
 from typing import Any
 
 import pytest
@@ -6,19 +7,26 @@ import torch.nn.functional as F
 
 from kimi_linear.base.errors import ConfigError, DtypeError, ShapeError
 from kimi_linear.base.numerics import relative_error, tolerance
-from kimi_linear.ops.cross_entropy import chunk, linear_cross_entropy, reference
+from kimi_linear.ops.cross_entropy import chunk, cpu, linear_cross_entropy, reference
 from kimi_linear.ops.cross_entropy.specs import IGNORED, SPECS, CrossEntropySpec
 from support import ops
 
 CASES = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 EACH_BACKEND = pytest.mark.parametrize("backend", ops.backends("linear_cross_entropy"))
+EACH_FLOAT64 = pytest.mark.parametrize("backend", ops.backends("linear_cross_entropy", torch.float64))
+EACH_DTYPE = pytest.mark.parametrize(("backend", "dtype"), ops.backend_dtypes("linear_cross_entropy"))
+# The widest dtype that a backend runs.
+WIDEST = {
+    backend: dtype
+    for dtype in (torch.float32, torch.float64)
+    for backend in ops.backends("linear_cross_entropy", dtype)
+}
 BY_NAME = {spec.name: spec for spec in SPECS}
 SOME = pytest.mark.parametrize("name", ["mean", "sum", "none", "ignored", "ignored_none"])
 
 
 @CASES
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-@EACH_BACKEND
+@EACH_DTYPE
 def test_backend_matches_the_float64_reference(backend: str, dtype: torch.dtype, spec: CrossEntropySpec) -> None:
     ops.assert_matches_reference(linear_cross_entropy, spec.inputs(dtype), backend, dtype)
 
@@ -37,7 +45,7 @@ def test_reference_is_torchs_cross_entropy_of_the_logits(spec: CrossEntropySpec)
 
 
 @SOME
-@EACH_BACKEND
+@EACH_FLOAT64
 def test_gradients_match_finite_differences(backend: str, name: str) -> None:
     assert ops.gradcheck(lambda **a: linear_cross_entropy(**a, backend=backend), BY_NAME[name].inputs(torch.float64))
 
@@ -75,8 +83,8 @@ def test_a_row_loss_far_from_its_label_is_exact(backend: str) -> None:
 
 @EACH_BACKEND
 def test_rows_are_weighted_by_their_own_gradients(backend: str) -> None:
-    inputs = BY_NAME["none"].inputs(torch.float64)
-    grads = [torch.zeros(13, dtype=torch.float64)]
+    inputs = BY_NAME["none"].inputs(WIDEST[backend])
+    grads = [torch.zeros(13, dtype=WIDEST[backend])]
     grads[0][5] = 3.0
     found = ops.run_with_gradients(lambda **a: linear_cross_entropy(**a, backend=backend), inputs, grads)[1]
     alone = {**inputs, "hidden": inputs["hidden"][5:6], "labels": inputs["labels"][5:6], "reduction": "sum"}
@@ -132,7 +140,8 @@ def test_autocast_rounds_hidden_alone(backend: str, name: str) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_chunk_backend_never_holds_the_logits_of_two_chunks(reduction: str) -> None:
     inputs = CrossEntropySpec("peak", M=512, D=4, V=1024, chunk=32, reduction=reduction).inputs(torch.float32)
-    _, largest = ops.profile(lambda: ops.run_with_gradients(linear_cross_entropy, inputs))
+    run = functools.partial(linear_cross_entropy, backend="chunk")
+    _, largest = ops.profile(lambda: ops.run_with_gradients(run, inputs))
     assert largest == 32 * 1024 * 4
 
 
@@ -142,9 +151,9 @@ def test_inputs_strides_and_repeated_runs(backend: str, name: str) -> None:
     def call(**arguments: Any) -> Any:
         return linear_cross_entropy(**arguments, backend=backend)
 
-    inputs = BY_NAME[name].inputs(torch.float64)
+    inputs = BY_NAME[name].inputs(WIDEST[backend])
     ops.assert_inputs_unchanged(call, inputs)
-    ops.assert_strides_do_not_matter(call, inputs, torch.float64)
+    ops.assert_strides_do_not_matter(call, inputs, WIDEST[backend])
     ops.assert_runs_are_identical(call, inputs)
 
 
@@ -162,13 +171,29 @@ def test_custom_ops_pass_opcheck() -> None:
     rows = torch.randn(args[0].shape[0])
     ops.opcheck(reference.linear_cross_entropy_reference, *ops.requiring_grad(*args))
     ops.opcheck(reference.linear_cross_entropy_reference_backward, rows, *args)
-    ops.opcheck(chunk.linear_cross_entropy_chunk, *ops.requiring_grad(*args, 4))
-    ops.opcheck(chunk.linear_cross_entropy_chunk_backward, rows, *args, 4)
-    ops.opcheck(chunk.linear_cross_entropy_chunk_online, *ops.requiring_grad(*args, 4, True))
+
+
+@pytest.mark.parametrize(
+    ("rows_op", "backward", "online"),
+    [
+        (
+            getattr(module, f"linear_cross_entropy_{name}"),
+            getattr(module, f"linear_cross_entropy_{name}_backward"),
+            getattr(module, f"linear_cross_entropy_{name}_online"),
+        )
+        for name, module in (("chunk", chunk), ("cpu", cpu))
+    ],
+    ids=["chunk", "cpu"],
+)
+def test_custom_ops_with_gradients_in_the_forward_pass_opcheck(rows_op: Any, backward: Any, online: Any) -> None:
+    inputs = BY_NAME["ignored"].inputs(torch.float32)
+    args = (inputs["hidden"], inputs["weight"], inputs["labels"], IGNORED)
+    rows = torch.randn(args[0].shape[0])
+    ops.opcheck(rows_op, *ops.requiring_grad(*args, 4))
+    ops.opcheck(backward, rows, *args, 4)
+    ops.opcheck(online, *ops.requiring_grad(*args, 4, True))
     hidden, weight, labels, ignore_index = args
-    ops.opcheck(
-        chunk.linear_cross_entropy_chunk_online, hidden.requires_grad_(), weight, labels, ignore_index, 4, False
-    )
+    ops.opcheck(online, hidden.requires_grad_(), weight, labels, ignore_index, 4, False)
 
 
 @pytest.mark.parametrize(

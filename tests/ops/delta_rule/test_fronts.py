@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kimi_linear.ops import comba, delta_rule, gated_delta_rule, gated_delta_rule_decode, gdn2, kda, kda_core, ssd
 from support import ops
-from support.delta_rule import Inputs
+from support.delta_rule import Inputs, widest
 
 Result = dict[str, Tensor]
 B, T, H, HV, K, V = 2, 40, 2, 4, 8, 6
@@ -193,29 +193,31 @@ def test_output_has_the_dtype_of_the_values(name, dtype) -> None:
 @pytest.mark.parametrize("backend", ops.backends("delta_rule"))
 @pytest.mark.parametrize("name", FRONTS)
 def test_options_reach_the_delta_rule(name, backend) -> None:
-    """Scale, state and packing; the two backends agree on all of it."""
-    plain, state = front_call(name, torch.float64, backend=backend, scale=1.0)
-    scaled, _ = front_call(name, torch.float64, backend=backend, scale=3.0)
-    torch.testing.assert_close(scaled, 3 * plain)
-    started, _ = front_call(name, torch.float64, backend=backend, scale=1.0, initial_state=state)
+    """Scale, state and packing; the backends agree on all of it."""
+    dtype = widest("delta_rule", backend)
+    plain, state = front_call(name, dtype, backend=backend, scale=1.0)
+    scaled, _ = front_call(name, dtype, backend=backend, scale=3.0)
+    ops.assert_close(scaled, 3 * plain)
+    started, _ = front_call(name, dtype, backend=backend, scale=1.0, initial_state=state)
     assert not torch.allclose(started, plain)
     with pytest.raises(ValueError, match=r"B is 2 with cu_seqlens"):
-        front_call(name, torch.float64, backend=backend, cu_seqlens=torch.tensor([0, T]))
+        front_call(name, dtype, backend=backend, cu_seqlens=torch.tensor([0, T]))
 
 
 @pytest.mark.parametrize("decay", ["vector", "scalar"])
 @pytest.mark.parametrize("backend", ops.backends("delta_rule_decode"))
 def test_decoding_equals_the_prompt(decay, backend) -> None:
-    x = inputs(torch.float64)
+    dtype = widest("delta_rule", backend)
+    x = inputs(dtype)
     front = kda if decay == "vector" else gated_delta_rule
     o, state = front(x["q"], x["k"], x["v"], x[decay], x["beta"], initial_state=x["initial_state"])
-    pool, slots = torch.randn(5, HV, K, V).double(), torch.tensor([3, 1])
+    pool, slots = torch.randn(5, HV, K, V, dtype=dtype), torch.tensor([3, 1])
     pool[slots] = x["initial_state"]
     for t in range(T):
         now = [x[name][:, t] for name in ("q", "k", "v", decay, "beta")]
         o_t = gated_delta_rule_decode(*now, pool, slots, backend=backend)
-        torch.testing.assert_close(o_t, o[:, t], rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(pool[slots], state, rtol=1e-10, atol=1e-11)
+        ops.assert_close(o_t, o[:, t])
+    ops.assert_close(pool[slots], state)
 
 
 def test_kda_core_is_kda_after_norm_gate_and_strength() -> None:

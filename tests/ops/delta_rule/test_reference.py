@@ -9,8 +9,10 @@ from torch import Tensor
 from kimi_linear.ops.delta_rule.reference import recurrent_backward, recurrent_forward
 from kimi_linear.ops.delta_rule.specs import CoreCase, DeltaRuleCase
 from support import ops
-from support.delta_rule import BACKENDS, Inputs, call, draw, results, run
+from support.delta_rule import BACKENDS, Inputs, assert_close, call, draw, errors, results, run, widest
 
+# Finite differences need double precision.
+DOUBLE = [(op, backend) for op, backend in BACKENDS if backend in ops.backends(op, torch.float64)]
 FLAGS = [
     pytest.param(erase, scalar, read, id=f"{erase}-{'scalar' if scalar else 'channel'}-{read}")
     for erase, scalar, read in itertools.product(["none", "key", "value"], [False, True], ["post", "pre"])
@@ -41,8 +43,8 @@ def matrices(inputs: Inputs) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("erase", "scalar", "read"), FLAGS)
 def test_outputs_are_those_of_the_transition_matrices(op, backend, erase, scalar, read) -> None:
     case = DeltaRuleCase(name="x", T=9, B=2, HV=4, K=3, V=2, erase=erase, scalar_decay=scalar, read=read)
-    inputs = draw(case, torch.float64)
-    torch.testing.assert_close(call(op, inputs, backend), matrices(inputs), rtol=1e-12, atol=1e-13)
+    inputs = draw(case, widest(op, backend))
+    assert_close(call(op, inputs, backend), matrices(inputs))
 
 
 @pytest.mark.parametrize(("erase", "scalar", "read"), FLAGS)
@@ -65,7 +67,7 @@ def test_backward_is_autograd_through_the_forward(erase, scalar, read, gate) -> 
             torch.testing.assert_close(gradient, expected[f"d_{name}"], rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("op", "backend"), [pair for pair in BACKENDS if pair[0] == "delta_rule"])
+@pytest.mark.parametrize(("op", "backend"), [pair for pair in DOUBLE if pair[0] == "delta_rule"])
 @pytest.mark.parametrize(("erase", "scalar", "read"), FLAGS)
 @pytest.mark.parametrize("lengths", [None, (3, 0, 1)], ids=["dense", "packed"])
 def test_delta_rule_gradients_match_finite_differences(op, backend, erase, scalar, read, lengths) -> None:
@@ -74,7 +76,7 @@ def test_delta_rule_gradients_match_finite_differences(op, backend, erase, scala
     assert ops.gradcheck(lambda **x: call(op, x, backend), draw(case, torch.float64))
 
 
-@pytest.mark.parametrize(("op", "backend"), [pair for pair in BACKENDS if pair[0] == "kda_core"])
+@pytest.mark.parametrize(("op", "backend"), [pair for pair in DOUBLE if pair[0] == "kda_core"])
 @pytest.mark.parametrize(
     "flags",
     [
@@ -108,7 +110,6 @@ def written_out(**x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("negative", [False, True])
 def test_kda_core_is_what_it_says(op, backend, bound, negative) -> None:
     case = CoreCase(name="x", T=40, B=2, lower_bound=bound, allow_neg_eigval=negative, zero_rows=True)
-    inputs = draw(case, torch.float64)
-    expected = results(written_out, inputs)
-    for name, x in run(op, inputs, backend).items():
-        torch.testing.assert_close(x, expected[name], rtol=1e-9, atol=1e-11)
+    dtype = widest(op, backend)
+    inputs = draw(case, dtype)
+    assert errors(run(op, inputs, backend), results(written_out, ops.in_float64(inputs)), dtype) == {}

@@ -5,12 +5,15 @@ import torch
 
 from kimi_linear.base.errors import ConfigError, DtypeError, ShapeError
 from kimi_linear.ops import forget_gate
+from kimi_linear.ops.gate.cpu import forget_gate_cpu, forget_gate_cpu_backward
 from kimi_linear.ops.gate.reference import forget_gate_reference, forget_gate_reference_backward
 from kimi_linear.ops.gate.specs import SPECS, GateSpec
 from support import ops
 
 CASES = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 EACH_BACKEND = pytest.mark.parametrize("backend", ops.backends("forget_gate"))
+EACH_FLOAT64 = pytest.mark.parametrize("backend", ops.backends("forget_gate", torch.float64))
+EACH_DTYPE = pytest.mark.parametrize(("backend", "dtype"), ops.backend_dtypes("forget_gate"))
 BY_NAME = {spec.name: spec for spec in SPECS}
 SOME = pytest.mark.parametrize("name", ["softplus", "bounded", "bounded_without_rate", "scalar"])
 # A_log and dt_bias gather every token.
@@ -27,8 +30,7 @@ def equation(x: torch.Tensor, A_log: Any, dt_bias: Any, lower_bound: float | Non
 
 
 @CASES
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-@EACH_BACKEND
+@EACH_DTYPE
 def test_backend_matches_the_float64_reference(backend: str, dtype: torch.dtype, spec: GateSpec) -> None:
     ops.assert_matches_reference(forget_gate, spec.inputs(dtype), backend, dtype, gate_gradients=SUMS)
 
@@ -45,14 +47,13 @@ def test_reference_is_the_equation(spec: GateSpec) -> None:
 
 
 @SOME
-@EACH_BACKEND
+@EACH_FLOAT64
 def test_gradients_match_finite_differences(backend: str, name: str) -> None:
     assert ops.gradcheck(lambda **a: forget_gate(**a, backend=backend), BY_NAME[name].inputs(torch.float64))
 
 
 @pytest.mark.parametrize("lower_bound", [None, -5.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@EACH_BACKEND
+@EACH_DTYPE
 def test_extreme_logits_stay_finite_and_never_positive(
     backend: str, dtype: torch.dtype, lower_bound: float | None
 ) -> None:
@@ -126,11 +127,16 @@ def test_the_call_compiles_whole(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["softplus", "bounded", "bounded_without_rate", "bounded_without_rate_or_bias"])
-def test_custom_ops_pass_opcheck(name: str) -> None:
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [(forget_gate_reference, forget_gate_reference_backward), (forget_gate_cpu, forget_gate_cpu_backward)],
+    ids=["reference", "cpu"],
+)
+def test_custom_ops_pass_opcheck(forward: Any, backward: Any, name: str) -> None:
     inputs = BY_NAME[name].inputs(torch.float32)
     args = (inputs["x"].flatten(0, -3), inputs["A_log"], inputs["dt_bias"], inputs["lower_bound"])
-    ops.opcheck(forget_gate_reference, *ops.requiring_grad(*args))
-    ops.opcheck(forget_gate_reference_backward, torch.randn_like(args[0]), *args)
+    ops.opcheck(forward, *ops.requiring_grad(*args))
+    ops.opcheck(backward, torch.randn_like(args[0]), *args)
 
 
 @pytest.mark.parametrize(

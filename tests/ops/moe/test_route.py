@@ -7,12 +7,18 @@ from torch import Tensor
 from kimi_linear.base.errors import BackendError, ConfigError, DeviceError, DtypeError, ShapeError
 from kimi_linear.base.numerics import relative_error, tolerance
 from kimi_linear.ops import route
+from kimi_linear.ops.moe.cpu_router import moe_route_cpu, moe_route_cpu_backward
 from kimi_linear.ops.moe.router import moe_route_reference, moe_route_reference_backward
 from kimi_linear.ops.moe.specs import SPECS, MoESpec
 from support import ops
 
 EACH_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 EACH_BACKEND = pytest.mark.parametrize("backend", ops.backends("moe_route"))
+EACH_FLOAT64 = pytest.mark.parametrize("backend", ops.backends("moe_route", torch.float64))
+OPS = {
+    "reference": (moe_route_reference, moe_route_reference_backward),
+    "cpu": (moe_route_cpu, moe_route_cpu_backward),
+}
 EACH_ACTIVATION = pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 EACH_NORM = pytest.mark.parametrize("renormalize", [True, False])
 BY_NAME = {spec.name: spec for spec in SPECS}
@@ -39,7 +45,7 @@ def only_weights(backend: str, **arguments: Any) -> Tensor:
 @EACH_SPEC
 @EACH_ACTIVATION
 @EACH_NORM
-@EACH_BACKEND
+@EACH_FLOAT64
 def test_weights_and_gradient_are_the_equations(
     backend: str, renormalize: bool, activation: str, spec: MoESpec
 ) -> None:
@@ -51,13 +57,33 @@ def test_weights_and_gradient_are_the_equations(
     torch.testing.assert_close(grads["logits"], expected_grads["logits"], rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@EACH_SPEC
+@pytest.mark.parametrize(("backend", "dtype"), ops.backend_dtypes("moe_route"), ids=str)
 @EACH_ACTIVATION
-@EACH_BACKEND
+@EACH_NORM
+def test_backend_matches_the_float64_reference(
+    renormalize: bool, activation: str, backend: str, dtype: torch.dtype, spec: MoESpec
+) -> None:
+    inputs = spec.route(dtype) | {"renormalize": renormalize, "scaling": 2.446, "activation": activation}
+
+    def call(**arguments: Any) -> Tensor:
+        return only_weights(**arguments)
+
+    if renormalize and spec.k == 1:
+        # The weight is the scaling whatever the logits: the gradient is zero up to rounding.
+        weights, grads = ops.run_with_gradients(lambda **a: call(backend=backend, **a), inputs, wanted=["logits"])
+        torch.testing.assert_close(weights[0], torch.full_like(weights[0], 2.446))
+        torch.testing.assert_close(grads["logits"], torch.zeros_like(grads["logits"]), rtol=0.0, atol=1e-6)
+    else:
+        ops.assert_matches_reference(call, inputs, backend, dtype, wanted=["logits"])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ops.backend_dtypes("moe_route"), ids=str)
+@EACH_ACTIVATION
 def test_half_precision_logits_are_scored_wide(backend: str, activation: str, dtype: torch.dtype) -> None:
     inputs = BY_NAME["prime"].route(dtype) | {"activation": activation}
     weights, experts = route(**inputs, backend=backend)
-    expected, expected_experts = route(**ops.in_float64(inputs), backend=backend)
+    expected, expected_experts = route(**ops.in_float64(inputs), backend="reference")
     assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert experts.dtype == torch.int64
     assert torch.equal(experts, expected_experts)
@@ -66,7 +92,7 @@ def test_half_precision_logits_are_scored_wide(backend: str, activation: str, dt
 
 @EACH_ACTIVATION
 @EACH_NORM
-@EACH_BACKEND
+@EACH_FLOAT64
 def test_gradient_matches_finite_differences(backend: str, renormalize: bool, activation: str) -> None:
     inputs = MoESpec("small", M=3, E=4).route(torch.float64)
     bias, options = inputs.pop("bias"), {"renormalize": renormalize, "activation": activation, "scaling": 0.7}
@@ -140,12 +166,54 @@ def test_the_call_compiles_whole(backend: str) -> None:
 
 @EACH_ACTIVATION
 @EACH_NORM
-def test_custom_ops_pass_opcheck(renormalize: bool, activation: str) -> None:
+@EACH_BACKEND
+def test_custom_ops_pass_opcheck(backend: str, renormalize: bool, activation: str) -> None:
+    forward, backward = OPS[backend]
     inputs = BY_NAME["prime"].route(torch.float32)
     logits, bias = inputs["logits"], inputs["bias"]
-    ops.opcheck(moe_route_reference, logits.requires_grad_(), bias, 2, renormalize, 0.5, activation)
-    weights, experts = moe_route_reference(logits.detach(), bias, 2, renormalize, 0.5, activation)
-    ops.opcheck(moe_route_reference_backward, weights, logits.detach(), experts, renormalize, 0.5, activation)
+    ops.opcheck(forward, logits.requires_grad_(), bias, 2, renormalize, 0.5, activation)
+    weights, experts = forward(logits.detach(), bias, 2, renormalize, 0.5, activation)
+    ops.opcheck(backward, weights, logits.detach(), experts, renormalize, 0.5, activation)
+
+
+@pytest.mark.parametrize("E", [1, 7, 16, 40, 256])
+@EACH_ACTIVATION
+@EACH_BACKEND
+def test_experts_are_chosen_as_by_a_stable_sort(backend: str, activation: str, E: int) -> None:
+    generator = torch.Generator().manual_seed(E)
+    logits = torch.randn(150, E, generator=generator)
+    bias = 0.1 * torch.randn(E, generator=generator)
+    top_k = min(E, 8)
+    _, experts = route(logits, bias, top_k=top_k, activation=activation, backend=backend)
+    scores = logits.double().sigmoid() if activation == "sigmoid" else logits.double().softmax(-1)
+    assert torch.equal(experts, (scores + bias).argsort(dim=-1, descending=True, stable=True)[:, :top_k])
+
+
+@EACH_ACTIVATION
+def test_natively_the_lowest_index_comes_first_among_equals(activation: str) -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    _, experts = route(logits, torch.zeros(5), top_k=3, activation=activation, backend="cpu")
+    assert experts.tolist() == [[1, 3, 0], [0, 1, 2]]
+
+
+@EACH_BACKEND
+def test_a_logit_that_is_not_a_number_is_chosen_and_seen(backend: str) -> None:
+    logits = torch.zeros(1, 20)
+    logits[0, 17] = torch.nan
+    weights, experts = route(logits, torch.zeros(20), top_k=2, backend=backend)
+    assert experts[0, 0] == 17
+    assert weights.isnan().all()
+
+
+@EACH_BACKEND
+def test_a_token_does_not_depend_on_its_neighbours(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, bias = torch.randn(150, 20, generator=generator), torch.zeros(20)
+    weights, experts = route(logits, bias, top_k=3, activation="softmax", backend=backend)
+    for m in (0, 63, 64, 149):
+        one, chosen = route(logits[m : m + 1], bias, top_k=3, activation="softmax", backend=backend)
+        assert torch.equal(one[0], weights[m])
+        assert torch.equal(chosen[0], experts[m])
 
 
 @pytest.mark.parametrize(

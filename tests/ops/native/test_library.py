@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from kimi_linear.base.errors import ConfigError
+from kimi_linear.base.errors import BackendError, ConfigError
 from kimi_linear.ops import native
 from kimi_linear.ops.native import library
 from kimi_linear.ops.registry import Call
@@ -99,6 +99,12 @@ def test_a_failing_kernel_is_an_error() -> None:
     failing(0)
     with pytest.raises(RuntimeError, match="code 3"):
         failing(3)
+
+
+@HERE
+def test_a_library_of_older_sources_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(BackendError, match=r"lack kl_no_such_kernel.*csrc/build\.py"):
+        native.kernel("no_such_kernel", "i")
 
 
 @HERE

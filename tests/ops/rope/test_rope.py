@@ -6,23 +6,27 @@ import torch
 
 from kimi_linear.base.errors import BackendError, ConfigError, DeviceError, DtypeError, ShapeError
 from kimi_linear.ops import apply_rope
+from kimi_linear.ops.rope.cpu import rope_cpu
 from kimi_linear.ops.rope.reference import rope_reference
 from kimi_linear.ops.rope.specs import SPECS, RopeSpec
 from support import ops
 
 EACH_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 EACH_BACKEND = pytest.mark.parametrize("backend", ops.backends("rope"))
+EACH_FLOAT64 = pytest.mark.parametrize("backend", ops.backends("rope", torch.float64))
+EACH_DTYPE = pytest.mark.parametrize(("backend", "dtype"), ops.backend_dtypes("rope"))
+# The widest dtype that a backend runs.
+WIDEST = {backend: dtype for dtype in (torch.float32, torch.float64) for backend in ops.backends("rope", dtype)}
 BY_NAME = {spec.name: spec for spec in SPECS}
 
 
 @EACH_SPEC
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-@EACH_BACKEND
+@EACH_DTYPE
 def test_backend_matches_the_float64_reference(backend: str, dtype: torch.dtype, spec: RopeSpec) -> None:
     ops.assert_matches_reference(apply_rope, spec.inputs(dtype), backend, dtype)
 
 
-@EACH_BACKEND
+@EACH_FLOAT64
 def test_each_pair_turns_by_the_angle_of_its_position(backend: str) -> None:
     inputs = RopeSpec("pairs", T=3, K=6, H=1, theta=100.0).inputs(torch.float64)
     x, y = inputs["x"][0, :, 0], apply_rope(**inputs, backend=backend)[0, :, 0]
@@ -35,7 +39,7 @@ def test_each_pair_turns_by_the_angle_of_its_position(backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["own_positions", "two_channels"])
-@EACH_BACKEND
+@EACH_FLOAT64
 def test_gradients_match_finite_differences(backend: str, name: str) -> None:
     inputs = BY_NAME[name].inputs(torch.float64)
     assert ops.gradcheck(lambda **a: apply_rope(**a, backend=backend), inputs)
@@ -51,12 +55,12 @@ def test_position_zero_changes_nothing(backend: str) -> None:
 
 @EACH_BACKEND
 def test_rotation_keeps_lengths(backend: str) -> None:
-    inputs = BY_NAME["own_positions"].inputs(torch.float64)
+    inputs = BY_NAME["own_positions"].inputs(WIDEST[backend])
     ops.assert_close(apply_rope(**inputs, backend=backend).norm(dim=-1), inputs["x"].norm(dim=-1))
 
 
 @pytest.mark.parametrize("shift", [1, 1000, 1_000_000])
-@EACH_BACKEND
+@EACH_FLOAT64
 def test_scores_depend_on_the_difference_of_positions_only(backend: str, shift: int) -> None:
     inputs = BY_NAME["shared_positions"].inputs(torch.float64)
     moved = {**inputs, "positions": inputs["positions"] + shift}
@@ -103,9 +107,10 @@ def test_the_call_compiles_whole(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["shared_positions", "own_positions", "empty"])
 @pytest.mark.parametrize("inverse", [False, True])
-def test_custom_op_passes_opcheck(inverse: bool, name: str) -> None:
+@pytest.mark.parametrize("op", [rope_reference, rope_cpu], ids=["reference", "cpu"])
+def test_custom_op_passes_opcheck(op: Any, inverse: bool, name: str) -> None:
     inputs = BY_NAME[name].inputs(torch.float32)
-    ops.opcheck(rope_reference, *ops.requiring_grad(inputs["x"]), inputs["positions"], 1e4, inverse)
+    ops.opcheck(op, *ops.requiring_grad(inputs["x"]), inputs["positions"], 1e4, inverse)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ class KimiLinearLM(nn.Module):
             raise ShapeError("the batch holds no token; give at least one.")
         self._check_cache(cache, input_ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
-        hidden = self.model(input_ids, None if cache is None else cache.layers, cu_seqlens)
+        hidden = self._hidden(input_ids, cache, cu_seqlens)
         if cache is not None:
             cache.lengths = cache.lengths + (input_ids.shape[1] if cu_seqlens is None else cu_seqlens.diff().cpu())
         loss = None if labels is None else self._loss(hidden, labels, cu_seqlens)
@@ -161,14 +161,22 @@ class KimiLinearLM(nn.Module):
             logits = self._logits(hidden, cu_seqlens, padding, last_only)
         return ModelOutput(logits=logits, loss=loss, cache=cache)
 
+    def _hidden(self, input_ids: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
+        """Return the normed hidden states [B, T, D]; a cache's states are updated in place, its lengths are not."""
+        return self.model(input_ids, None if cache is None else cache.layers, cu_seqlens)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states [..., D]."""
+        return F.linear(hidden, self.head_weight)
+
     def _logits(self, hidden: Tensor, cu_seqlens: Tensor | None, padding: Padding | None, last_only: bool) -> Tensor:
         if not last_only:
-            logits = F.linear(hidden, self.head_weight)
+            logits = self._head(hidden)
             return logits if padding is None else padding.unpack(logits)
         if cu_seqlens is None:
-            return F.linear(hidden[:, -1:], self.head_weight)
+            return self._head(hidden[:, -1:])
         last, has_token = last_positions(cu_seqlens)
-        logits = F.linear(hidden[:, last], self.head_weight) * has_token[:, None]
+        logits = self._head(hidden[:, last]) * has_token[:, None]
         return logits if padding is None else logits.transpose(0, 1)
 
     def _loss(self, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

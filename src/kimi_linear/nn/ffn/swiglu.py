@@ -1,11 +1,12 @@
 """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from kimi_linear.nn.ffn.base import FFN
 from kimi_linear.nn.ffn.config import SwiGLUConfig
 from kimi_linear.nn.init import init_weights
+from kimi_linear.nn.linear import Linear
+from kimi_linear.ops.swiglu import swiglu
 
 
 class SwiGLU(FFN):
@@ -20,11 +21,11 @@ class SwiGLU(FFN):
     def __init__(self, config: SwiGLUConfig, hidden_size: int) -> None:
         super().__init__()
         self.config = config
-        self.gate_proj = nn.Linear(hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, hidden_size, bias=False)
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the shape of x, [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kimi_linear.base.errors import ShapeError
+from kimi_linear.nn.linear import Linear
 from kimi_linear.nn.precision import Float32Parameters
 from kimi_linear.nn.state import LayerState
 
@@ -55,7 +56,7 @@ def is_decode(x: Tensor, state: Any, cu_seqlens: Tensor | None) -> bool:
 
 def linear(features_in: int, features_out: int) -> nn.Linear:
     """Return a matrix without bias; no mixer here has one."""
-    return nn.Linear(features_in, features_out, bias=False)
+    return Linear(features_in, features_out, bias=False)
 
 
 def check_input(x: Tensor, hidden_size: int, cu_seqlens: Tensor | None) -> None:

@@ -7,7 +7,7 @@ without and with positions, dv the MLA value width. One token against a cache is
 from torch import Tensor
 
 from kimi_linear.base.errors import ShapeError
-from kimi_linear.ops.attention import sdpa
+from kimi_linear.ops.attention import cpu, sdpa
 from kimi_linear.ops.attention.expand import expand_latent
 from kimi_linear.ops.attention.reference import attention_reference
 from kimi_linear.ops.autocast import cast_inputs
@@ -28,6 +28,7 @@ def _runs_all(call: Call) -> list[str]:
 
 ATTENTION = define(
     "attention",
+    Backend("cpu", cpu.run, cpu.refuse, "native kernels: tiles of keys under a running maximum, recomputing backward"),
     Backend("sdpa", sdpa.run, _runs_all, "torch's scaled_dot_product_attention, blocks of rows, recomputing backward"),
     Backend("reference", attention_reference, _runs_all, "every score in memory at once"),
 )
@@ -90,7 +91,7 @@ def attention(
         cu_seqlens: Query offsets of packed sequences, [N + 1], int32 or int64, first 0, last T; needs B == 1.
             Sequences may be empty.
         cu_seqlens_k: Key offsets, [N + 1]. Default: `cu_seqlens`. No sequence may have fewer keys than queries.
-        backend: "sdpa", "reference", or None for the best that supports the call.
+        backend: "cpu", "sdpa", "reference", or None for the best that supports the call.
 
     Returns:
         [B, T, Hq, V] in the dtype of q (under autocast: in autocast's).
@@ -101,8 +102,11 @@ def attention(
 
     Numerics: softmax and sums in float32 (float64 for float64). In half precision, probabilities are rounded to the
         input's dtype before they meet the values, and in the backward before they meet queries, keys and gradients.
-    Cost: T * S * Hq * (K + V) multiply-adds, about half of it when S == T. Extra memory of "sdpa" is bounded: masks and
-        scores exist for a block of rows only; the backward also holds k and v widened, and their gradients.
+    Cost: T * S * Hq * (K + V) multiply-adds, about half of it when S == T. Extra memory is bounded: masks and
+        scores exist for a block of rows only. Beside those, "cpu" holds k and v packed (64 MiB of them at a time, or
+        one head), keeps o and two floats a query and head for the backward, which runs a key head of a sequence a
+        thread and holds its packed tensors and float32 gradients; the backward of "sdpa" holds k and v widened, and
+        their gradients.
 
     Example:
         >>> import torch
@@ -201,5 +205,5 @@ def mla_attention(
     expect_floating("mla_attention", **tensors)
     expect_same_dtype("mla_attention", **tensors)
     expect_same_device("mla_attention", **tensors)
-    k, v = expand_latent(latent, key_rope, kv_b, H, nope_dim)
+    k, v = expand_latent(latent, key_rope, kv_b, H, nope_dim, "reference" if backend == "reference" else None)
     return attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, backend=backend)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kimi_linear.ops.attention.expand import expand_latent
-from kimi_linear.ops.attention.lengths import check_lengths_values, seen
+from kimi_linear.ops.attention.lengths import seen
+from kimi_linear.ops.attention.paging import unpaged
 from kimi_linear.ops.autocast import without_autocast
 from kimi_linear.ops.checks import compute_dtype
 
@@ -31,10 +32,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, wind
 
 @torch.library.custom_op("kimi_linear::attention_decode_reference", mutates_args=())
 def attention_decode_reference(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Eq. 1; arguments as in `attention_decode`, all given."""
-    check_lengths_values(lengths, k.shape[1])
+    k, v = (unpaged(x, lengths, block_table) for x in (k, v))
     groups = q.shape[1] // k.shape[2]
     wide = compute_dtype(q)
     with without_autocast(q.device):
@@ -44,25 +51,45 @@ def attention_decode_reference(
 
 @torch.library.custom_op("kimi_linear::mla_decode_reference", mutates_args=())
 def mla_decode_reference(
-    q: Tensor, latent: Tensor, key_rope: Tensor, lengths: Tensor, kv_b: Tensor, nope_dim: int, scale: float
+    q: Tensor,
+    latent: Tensor,
+    key_rope: Tensor,
+    lengths: Tensor,
+    kv_b: Tensor,
+    nope_dim: int,
+    scale: float,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Eq. 2; arguments as in `mla_decode`, all given."""
-    check_lengths_values(lengths, latent.shape[1])
+    latent, key_rope = (unpaged(x, lengths, block_table) for x in (latent, key_rope))
     wide, H = compute_dtype(q), q.shape[1]
     with without_autocast(q.device):
-        k, v = expand_latent(latent.to(wide), key_rope.to(wide), kv_b.to(wide), H, nope_dim)
+        k, v = expand_latent(latent.to(wide), key_rope.to(wide), kv_b.to(wide), H, nope_dim, "reference")
         return _attend(q.to(wide), k, v, lengths, scale, None).to(q.dtype).contiguous()
 
 
 @attention_decode_reference.register_fake
 def _fake_attention_decode(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(*q.shape[:2], v.shape[-1])
 
 
 @mla_decode_reference.register_fake
 def _fake_mla_decode(
-    q: Tensor, latent: Tensor, key_rope: Tensor, lengths: Tensor, kv_b: Tensor, nope_dim: int, scale: float
+    q: Tensor,
+    latent: Tensor,
+    key_rope: Tensor,
+    lengths: Tensor,
+    kv_b: Tensor,
+    nope_dim: int,
+    scale: float,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(*q.shape[:2], kv_b.shape[0] // q.shape[1] - nope_dim)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kimi_linear.ops.attention.decode_reference import _fake_attention_decode, _fake_mla_decode
-from kimi_linear.ops.attention.lengths import check_lengths_values, seen
+from kimi_linear.ops.attention.lengths import seen
+from kimi_linear.ops.attention.paging import unpaged
 from kimi_linear.ops.autocast import without_autocast
 from kimi_linear.ops.checks import compute_dtype
 
@@ -71,10 +72,16 @@ def _weigh(pairs: list[tuple[Tensor, Tensor]], values: Tensor, span: slice, mask
 
 @torch.library.custom_op("kimi_linear::attention_decode_tiled", mutates_args=())
 def attention_decode_tiled(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Run grouped heads; arguments as in `attention_decode`, all given."""
-    check_lengths_values(lengths, k.shape[1])
+    k, v = (unpaged(x, lengths, block_table) for x in (k, v))
     o = q.new_empty(*q.shape[:2], v.shape[-1])
     # [N, Hkv, G, K], [N, Hkv, S, K] and [N, Hkv, S, V]
     query = (q.to(compute_dtype(q)) * scale).unflatten(1, (k.shape[2], -1))
@@ -87,10 +94,17 @@ def attention_decode_tiled(
 
 @torch.library.custom_op("kimi_linear::mla_decode_absorbed", mutates_args=())
 def mla_decode_absorbed(
-    q: Tensor, latent: Tensor, key_rope: Tensor, lengths: Tensor, kv_b: Tensor, nope_dim: int, scale: float
+    q: Tensor,
+    latent: Tensor,
+    key_rope: Tensor,
+    lengths: Tensor,
+    kv_b: Tensor,
+    nope_dim: int,
+    scale: float,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Equations 1 to 3; arguments as in `mla_decode`, all given."""
-    check_lengths_values(lengths, latent.shape[1])
+    latent, key_rope = (unpaged(x, lengths, block_table) for x in (latent, key_rope))
     wide = compute_dtype(q)
     weights = kv_b.unflatten(0, (q.shape[1], -1))
     # One key head, read by all query heads: [N, 1, S, R] and [N, 1, S, dr]

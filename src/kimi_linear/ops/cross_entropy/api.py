@@ -8,13 +8,15 @@ from kimi_linear.base.errors import ConfigError
 from kimi_linear.ops.autocast import cast_inputs
 from kimi_linear.ops.checks import describe_call, expect_floating, expect_integer, expect_same_device, expect_shape
 from kimi_linear.ops.cross_entropy import chunk as chunked
-from kimi_linear.ops.cross_entropy import reference
+from kimi_linear.ops.cross_entropy import cpu, reference
+from kimi_linear.ops.native import refuse
 from kimi_linear.ops.registry import Backend, define
 
 Reduction = Literal["mean", "sum", "none"]
 
 LINEAR_CROSS_ENTROPY = define(
     "linear_cross_entropy",
+    Backend("cpu", cpu.run, refuse, "native, a chunk of tokens at a time; float32 logits, never all"),
     Backend("chunk", chunked.run, lambda call: [], "a chunk of tokens at a time; never all logits"),
     Backend("reference", reference.run, lambda call: [], "all logits at once, for checking"),
 )
@@ -39,9 +41,9 @@ def linear_cross_entropy(
         weight: Output embedding, [V, D].
         labels: Row of weight that each row of hidden should predict, [M], int64 or int32. Already shifted.
         ignore_index: Rows with this label have loss 0, no gradient and no weight in the mean.
-        chunk: Rows of logits held at a time. Default: max(128, 2**22 // V).
+        chunk: Rows of logits held at a time. Default: max(128, 2**22 // V); backend cpu, twice that and at most 1024.
         reduction: "mean" over the rows that count (0 if none does), "sum", or "none" for [M].
-        backend: "chunk", "reference", or None for the best that supports the call.
+        backend: "cpu", "chunk", "reference", or None for the best that supports the call.
 
     Returns:
         The loss, float32 (float64 for float64 hidden); a scalar, or [M] with reduction "none".
@@ -54,10 +56,11 @@ def linear_cross_entropy(
 
     Numerics: softmax, log-sum-exp and sums over rows in float32 (float64 for float64 hidden). Matrix products run in
         the dtype of hidden, or that of the active autocast, and accumulate in float32; bfloat16 products round each
-        logit once, float16 is widened to float32 first. Backend reference forms float32 logits for all.
+        logit once (backends cpu and reference keep it in float32), float16 is widened to float32 first.
     Cost: M V D multiply-adds a product; one product forward, three with gradients (four with reduction "none"). Beside
-        the results, backend chunk holds chunk * V logits twice: in the dtype of the products and in float32. With
-        gradients and a summed or mean loss it keeps dhidden and a float32 dweight from forward to backward.
+        the results, backend chunk holds chunk * V logits twice: in the dtype of the products and in float32; backend
+        cpu holds them once, and the weight in the dtype of the products, twice with gradients. With gradients and a
+        summed or mean loss both keep dhidden and a float32 dweight from forward to backward.
 
     Example:
         >>> import torch

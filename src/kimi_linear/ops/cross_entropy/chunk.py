@@ -11,13 +11,12 @@ while it holds p, and the backward only multiplies: three products in place of f
 nothing and the backward forms z again. Rows that do not count are left out before the first product.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kimi_linear.ops.autocast import without_autocast
 from kimi_linear.ops.checks import compute_dtype
+from kimi_linear.ops.cross_entropy import autograd
 from kimi_linear.ops.cross_entropy.labels import counted_rows
 
 # A float32 chunk of logits of this many elements is 16 MiB, below the size at which the C library's allocator returns
@@ -143,66 +142,6 @@ def linear_cross_entropy_chunk_online(
         return _gradients(hidden, weight, labels, ignore_index, chunk, None, with_weight)
 
 
-@linear_cross_entropy_chunk.register_fake
-def _(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk: int | None) -> Tensor:
-    return hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
-
-
-@linear_cross_entropy_chunk_backward.register_fake
-def _(
-    grad_rows: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk: int | None
-) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
-
-
-@linear_cross_entropy_chunk_online.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk: int | None, with_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = compute_dtype(hidden)
-    grad_weight = hidden.new_empty(weight.shape if with_weight else (0,), dtype=wide)
-    return hidden.new_empty((), dtype=wide), hidden.new_empty(hidden.shape), grad_weight
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.ignore_index, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _formula(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-    grads = linear_cross_entropy_chunk_backward(grad_rows, *ctx.saved_tensors, ctx.ignore_index, ctx.chunk)
-    return *grads, None, None, None
-
-
-def _save_online(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, weight, *_, ctx.with_weight = inputs
-    ctx.weight_dtype = weight.dtype
-    _, grad_hidden, grad_weight = output
-    # Without this autograd would make zeros of their size for gradients nobody has.
-    ctx.mark_non_differentiable(grad_hidden, grad_weight)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_hidden, grad_weight)
-
-
-def _formula_online(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None, None, None
-    grad_hidden, grad_weight = ctx.saved_tensors
-    weight_grad = (grad_weight * grad).to(ctx.weight_dtype) if ctx.with_weight else None
-    return (grad_hidden * grad).to(grad_hidden.dtype), weight_grad, None, None, None, None
-
-
-linear_cross_entropy_chunk.register_autograd(_formula, setup_context=_save)
-linear_cross_entropy_chunk_online.register_autograd(_formula_online, setup_context=_save_online)
-
-
-def run(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk: int | None, is_summed: bool
-) -> Tensor:
-    """Return the loss of each row, or their sum, whose gradients come with the forward."""
-    if is_summed and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        total: Tensor
-        total, *_ = linear_cross_entropy_chunk_online(hidden, weight, labels, ignore_index, chunk, weight.requires_grad)
-        return total
-    rows: Tensor = linear_cross_entropy_chunk(hidden, weight, labels, ignore_index, chunk)
-    return rows.sum() if is_summed else rows
+run = autograd.register(
+    linear_cross_entropy_chunk, linear_cross_entropy_chunk_backward, linear_cross_entropy_chunk_online
+)

@@ -55,6 +55,8 @@ SPECS = (
     CrossEntropySpec("ignored_all", ignored=tuple(range(13))),
     CrossEntropySpec("ignored_all_none", ignored=tuple(range(13)), reduction="none"),
     CrossEntropySpec("one_word", V=1, M=3),
+    CrossEntropySpec("many_words", M=70, D=67, V=531, chunk=None, ignored=(1, 2, 60)),
+    CrossEntropySpec("many_words_in_chunks", M=70, D=67, V=531, chunk=32, reduction="none"),
     CrossEntropySpec("confident", spread=6.0),
 )
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kimi_linear.base import env
 from kimi_linear.base.errors import ConfigError, DtypeError, KimiLinearError, ShapeError
+from kimi_linear.ops import native
 from kimi_linear.ops.checks import (
     describe_call,
     expect_cu_seqlens,
@@ -15,7 +16,9 @@ from kimi_linear.ops.checks import (
     expect_same_device,
     expect_shape,
 )
-from kimi_linear.ops.delta_rule import chunk, decode, reference
+
+# cpu_backward gives the operators of cpu their gradients.
+from kimi_linear.ops.delta_rule import chunk, cpu, cpu_backward, cpu_decode, decode, reference  # noqa: F401
 from kimi_linear.ops.delta_rule.layout import wide_dtype
 from kimi_linear.ops.registry import Backend, Call, define
 
@@ -23,11 +26,13 @@ Read = Literal["post", "pre"]
 
 DELTA_RULE = define(
     "delta_rule",
+    Backend("cpu", cpu.run_delta_rule, native.refuse, "native chunks of 16 tokens"),
     Backend("chunk", chunk.delta_rule_chunk, lambda call: [], "tiled chunks in plain PyTorch, any device"),
     Backend("reference", reference.delta_rule_reference, lambda call: [], "token by token, for checking"),
 )
 DELTA_RULE_DECODE = define(
     "delta_rule_decode",
+    Backend("cpu", cpu_decode.delta_rule_decode_cpu, cpu.refuse_decode, "native, one pass over each state, in place"),
     Backend("chunk", decode.delta_rule_decode_chunk, decode.refuse_gradients, "batched products, in place"),
     Backend("reference", decode.delta_rule_decode_reference, decode.refuse_gradients, "the recurrence, in place"),
 )
@@ -68,7 +73,7 @@ def delta_rule(
         cu_seqlens: Token offsets of packed sequences, [N + 1], int32 or int64, first 0 and last T; needs B == 1. Empty
             sequences are allowed and end in their initial state.
         read: Whether the erase key reads the state after its decay ("post") or before ("pre").
-        backend: "chunk", "reference", or None for the best that supports the call.
+        backend: "cpu", "chunk", "reference", or None for the best that supports the call.
 
     Returns:
         Output [B, T, HV, V] in the dtype of write_value, and the final states [N, HV, K, V] in float32.
@@ -123,7 +128,7 @@ def delta_rule_decode(
         slots: Row of the pool of each sequence, [N], int32 or int64, no row twice; -1: skip, its output is zero.
         scale: Factor on q. Default: K ** -0.5.
         read: As for `delta_rule`.
-        backend: "chunk", "reference", or None.
+        backend: "cpu", "chunk", "reference", or None.
 
     Returns:
         Output [N, HV, V] in the dtype of write_value.

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from kimi_linear.base.errors import ConfigError
+from kimi_linear.ops import native
 from kimi_linear.ops.checks import (
     describe_call,
     expect_cu_seqlens,
@@ -10,6 +11,7 @@ from kimi_linear.ops.checks import (
     expect_same_device,
     expect_shape,
 )
+from kimi_linear.ops.delta_rule import cpu, cpu_decode
 from kimi_linear.ops.delta_rule.api import check_heads, check_pool, check_state_dtype
 from kimi_linear.ops.delta_rule.core_chunk import kda_core_chunk, kda_core_decode_chunk
 from kimi_linear.ops.delta_rule.decode import refuse_gradients
@@ -76,11 +78,13 @@ def _any(call: Call) -> list[str]:
 
 KDA_CORE = define(
     "kda_core",
+    Backend("cpu", cpu.run_kda_core, native.refuse, "native chunks of 16 tokens, gates formed row by row"),
     Backend("chunk", kda_core_chunk, _any, "tiled chunks in plain PyTorch, gates formed tile by tile"),
     Backend("reference", _composition, _any, "the plain operators, one after the other"),
 )
 KDA_CORE_DECODE = define(
     "kda_core_decode",
+    Backend("cpu", cpu_decode.kda_core_decode_cpu, cpu.refuse_decode, "native, one pass over each state, in place"),
     Backend("chunk", kda_core_decode_chunk, refuse_gradients, "one call, in place"),
     Backend("reference", _composition_decode, refuse_gradients, "the plain operators, one after the other"),
 )
@@ -124,7 +128,7 @@ def kda_core(
         scale: Factor on the normalised q. Default: K ** -0.5.
         initial_state: [N, HV, K, V], float32. Default: zeros.
         cu_seqlens: Token offsets of packed sequences, [N + 1]; needs B == 1.
-        backend: "chunk", "reference", or None.
+        backend: "cpu", "chunk", "reference", or None.
 
     Returns:
         Output [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32.

@@ -4,11 +4,13 @@ from torch import Tensor
 
 from kimi_linear.base.errors import ConfigError, ShapeError
 from kimi_linear.ops.checks import describe_call, expect_floating, expect_same_device, expect_shape
-from kimi_linear.ops.gate import reference
+from kimi_linear.ops.gate import cpu, reference
+from kimi_linear.ops.native import refuse
 from kimi_linear.ops.registry import Backend, define
 
 FORGET_GATE = define(
     "forget_gate",
+    Backend("cpu", cpu.forget_gate_cpu, refuse, "native, one pass over memory each way"),
     Backend("reference", reference.forget_gate_reference, lambda call: [], "a few passes in plain PyTorch, any device"),
 )
 
@@ -34,7 +36,7 @@ def forget_gate(
         dt_bias: [HV * K], head after head, or [HV] with one decay a head, which is what tells the two forms apart.
             None: no bias, x is [..., HV, K]; give x as [..., HV, 1] for one decay a head.
         lower_bound: The least log decay of the bounded form, < 0; None: the softplus form.
-        backend: "reference", or None for the best that supports the call.
+        backend: "cpu", "reference", or None for the best that supports the call.
 
     Returns:
         log_decay, the shape of x, float32 (float64 for float64 x), every entry <= 0.
@@ -46,7 +48,7 @@ def forget_gate(
 
     Numerics: float32 throughout (float64 for float64 x); softplus neither overflows nor loses small values. The
         gradients of A_log and dt_bias are summed in a fixed order: two runs agree bit for bit.
-    Cost: a few passes; the backward keeps the inputs alone.
+    Cost: one pass over memory forward, one backward (backend cpu); the backward keeps the inputs alone.
 
     Example:
         >>> import torch

@@ -7,12 +7,11 @@
 The backward keeps the inputs alone. Sums over tokens and channels run in the compute dtype in a fixed order.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kimi_linear.ops.checks import compute_dtype
+from kimi_linear.ops.gate import autograd
 
 
 def _shifted(x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -63,28 +62,4 @@ def forget_gate_reference_backward(
     )
 
 
-@forget_gate_reference.register_fake
-def _(x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
-    return x.new_empty(x.shape, dtype=compute_dtype(x))
-
-
-@forget_gate_reference_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    A_grad, bias_grad = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (A_log, dt_bias))
-    return x.new_empty(x.shape), A_grad, bias_grad
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.lower_bound = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _formula(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, A_log, dt_bias = ctx.saved_tensors
-    grad_x, grad_log, grad_bias = forget_gate_reference_backward(grad, x, A_log, dt_bias, ctx.lower_bound)
-    return grad_x, None if A_log is None else grad_log, None if dt_bias is None else grad_bias, None
-
-
-forget_gate_reference.register_autograd(_formula, setup_context=_save)
+autograd.register(forget_gate_reference, forget_gate_reference_backward)

@@ -49,6 +49,8 @@ SPECS = (
     GateSpec("decode", lead=(7,)),
     GateSpec("one_head", HV=1, lead=(3, 1), K=8),
     GateSpec("one_channel", K=1),
+    GateSpec("many_tokens", lead=(300,), K=21),
+    GateSpec("many_tokens_bounded", lead=(300,), K=21, lower_bound=-5.0),
     GateSpec("no_token", lead=(1, 0)),
     GateSpec("no_lead", lead=()),
 )

@@ -3,11 +3,14 @@
 Shape letters beside the usual: M tokens, k experts a token.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kimi_linear.base.errors import ConfigError, ShapeError
-from kimi_linear.ops.autocast import cast_inputs
+from kimi_linear.ops.autocast import autocast_dtype, cast_inputs
 from kimi_linear.ops.checks import (
     describe_call,
     expect_floating,
@@ -16,9 +19,10 @@ from kimi_linear.ops.checks import (
     expect_same_dtype,
     expect_shape,
 )
-from kimi_linear.ops.moe import grouped
+from kimi_linear.ops.moe import cpu, cpu_router, grouped
 from kimi_linear.ops.moe.reference import grouped_mlp_reference
 from kimi_linear.ops.moe.router import moe_route_reference
+from kimi_linear.ops.native import refuse
 from kimi_linear.ops.registry import Backend, Call, define
 
 ACTIVATIONS = ("sigmoid", "softmax")
@@ -28,11 +32,25 @@ def _runs_all(call: Call) -> list[str]:
     return []
 
 
-ROUTE = define("moe_route", Backend("reference", moe_route_reference, _runs_all, "scores, top-k, weights in float32"))
+def _cast(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a backend that gets its tokens and matrices in the dtype of the active autocast."""
+
+    def run_on_cast(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        return run(*cast_inputs(x, w1, w3, w2), weights, experts)
+
+    return run_on_cast
+
+
+ROUTE = define(
+    "moe_route",
+    Backend("cpu", cpu_router.run, refuse, "native: one pass over the logits; the lowest index first among equals"),
+    Backend("reference", moe_route_reference, _runs_all, "scores, top-k, weights in float32"),
+)
 GROUPED_MLP = define(
     "grouped_mlp",
-    Backend("grouped", grouped.run, _runs_all, "tokens sorted by expert, three matrix products an expert"),
-    Backend("reference", grouped_mlp_reference, _runs_all, "every expert runs every token"),
+    Backend("cpu", cpu.run, refuse, "native: gather, activation and weighted sum inside the matrix products"),
+    Backend("grouped", _cast(grouped.run), _runs_all, "tokens sorted by expert, three matrix products an expert"),
+    Backend("reference", _cast(grouped_mlp_reference), _runs_all, "every expert runs every token"),
 )
 
 
@@ -59,11 +77,11 @@ def route(
         renormalize: Whether the weights of a token sum to `scaling`.
         scaling: Multiplies the weights.
         activation: "sigmoid" or "softmax".
-        backend: "reference" or None.
+        backend: "cpu", "reference", or None for the best that supports the call.
 
     Returns:
         weights [M, top_k], float32 (float64 for float64), differentiable in `logits` through the chosen scores; and
-        experts [M, top_k], int64, in falling order of s + bias (ties in any order).
+        experts [M, top_k], int64, in falling order of s + bias ("cpu": ties by rising index; else in any order).
 
     Raises:
         ShapeError, DtypeError, DeviceError: An argument disagrees with the others; names it.
@@ -114,20 +132,22 @@ def grouped_mlp(
         w2: Down projections, [E, D, F].
         weights: Weight of each choice, [M, k], from `route`; float32 or the dtype of x.
         experts: The choices, [M, k], int64 or int32, in [0, E). An expert named twice by a token counts twice.
-        backend: "grouped", "reference", or None for the best that supports the call.
+        backend: "cpu", "grouped", "reference", or None for the best that supports the call.
 
     Returns:
         [M, D] in the dtype of x (under autocast: in autocast's). A token's result does not depend on the other
-        tokens, up to the rounding of matrix products of another height.
+        tokens ("cpu": bit for bit; else up to the rounding of matrix products of another height).
 
     Raises:
         ShapeError, DtypeError, DeviceError: An argument disagrees with the others; names it. An expert outside
             [0, E) is a ShapeError too, on the CPU; elsewhere only when KIMI_LINEAR_DEBUG is on.
 
-    Numerics: matrix products in the dtype of x, the gated activation and the weighted sum in float32 (float64 for
-        float64), the sum over slots in order. Experts without tokens get gradients of exactly zero.
-    Cost: 3 * M * k * D * F multiply-adds forward, twice that backward. "grouped" keeps 2 * M * k * F elements for the
-        backward, and holds M * k * D for the experts' outputs.
+    Numerics: matrix products in the dtype of x (under autocast: in autocast's), the gated activation and the weighted
+        sum in float32 (float64 for float64), the sum in a fixed order: by slot, or by expert with "cpu". Experts
+        without tokens get gradients of exactly zero. Under autocast "cpu" reads tokens and matrices as they are, rounds
+        what goes into a product, and returns gradients that are not rounded to autocast's dtype.
+    Cost: 3 * M * k * D * F multiply-adds forward, twice that backward. "cpu" and "grouped" keep 2 * M * k * F elements
+        for the backward; "grouped" holds M * k * D for the experts' outputs.
 
     Example:
         >>> import torch
@@ -137,7 +157,6 @@ def grouped_mlp(
         torch.Size([5, 8])
     """
     op = "grouped_mlp"
-    x, w1, w3, w2 = cast_inputs(x, w1, w3, w2)
     expect_shape(op, "x", x, [None, None], "M, D")
     M, D = x.shape
     expect_shape(op, "w1", w1, [None, None, D], "E, F, D")
@@ -147,10 +166,17 @@ def grouped_mlp(
     expect_shape(op, "weights", weights, [M, None], "M, k")
     expect_shape(op, "experts", experts, [M, weights.shape[1]], "M, k")
     expect_floating(op, x=x, w1=w1, w3=w3, w2=w2, weights=weights)
-    expect_same_dtype(op, x=x, w1=w1, w3=w3, w2=w2)
+    _expect_same_dtype(op, x=x, w1=w1, w3=w3, w2=w2)
     expect_integer(op, "experts", experts)
     expect_same_device(op, x=x, w1=w1, w3=w3, w2=w2, weights=weights, experts=experts)
     sizes = {"M": M, "D": D, "E": E, "F": width, "k": weights.shape[1]}
     call = describe_call(x, w1, w3, w2, weights, sizes=sizes)
+    call = dataclasses.replace(call, dtype=str(autocast_dtype(x)).removeprefix("torch."))
     o: Tensor = GROUPED_MLP.choose(call, backend).run(x, w1, w3, w2, weights, experts.to(torch.int64))
     return o
+
+
+def _expect_same_dtype(op: str, **tensors: Tensor) -> None:
+    # What counts is the dtype after autocast; the casts themselves are for the message alone.
+    if len({autocast_dtype(t) for t in tensors.values()}) > 1:
+        expect_same_dtype(op, **dict(zip(tensors, cast_inputs(*tensors.values()), strict=True)))

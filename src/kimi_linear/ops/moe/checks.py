@@ -12,5 +12,9 @@ def check_experts_values(experts: Tensor, E: int) -> None:
         return
     wrong = (experts < 0) | (experts >= E)
     if wrong.any():
-        given = int(experts[wrong][0])
-        raise ShapeError(f"grouped_mlp: experts holds {given}, expected the index of an expert, 0 to {E - 1}.")
+        raise wrong_expert(int(experts[wrong][0]), E)
+
+
+def wrong_expert(given: int, E: int) -> ShapeError:
+    """Return the error for an expert outside [0, E)."""
+    return ShapeError(f"grouped_mlp: experts holds {given}, expected the index of an expert, 0 to {E - 1}.")

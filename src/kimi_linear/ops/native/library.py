@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kimi_linear.base import env
-from kimi_linear.base.errors import ConfigError
+from kimi_linear.base.errors import BackendError, ConfigError
 from kimi_linear.ops.registry import Call
 
 # Narrowest first; `kl_best_level` counts in this order.
@@ -103,6 +103,12 @@ def why_unavailable() -> str | None:
     return library.reason if isinstance(library, _Missing) else None
 
 
+# torch.compile takes the answers for constants instead of tracing how a library is loaded. This is what
+# torch.compiler.assume_constant_result does, without importing the whole compiler.
+for _function in (active_level, why_unavailable):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def kernel(name: str, signature: str) -> Callable[..., None]:
     """Return a function of the library, callable on tensors, numbers and None.
@@ -113,11 +119,18 @@ def kernel(name: str, signature: str) -> Callable[..., None]:
             dtype code, f for a float.
 
     Raises:
+        BackendError: The library was built from older sources.
         RuntimeError: When called: the kernel reports a failure, which is a bug of ours.
     """
     library = _loaded()
     assert isinstance(library, Library), library
-    function = getattr(library.handle, f"kl_{name}")
+    try:
+        function = getattr(library.handle, f"kl_{name}")
+    except AttributeError as error:
+        raise BackendError(
+            f"the native kernels lack kl_{name}: they are older than this package's Python code. Install the package "
+            "again, or run `python csrc/build.py` in a checkout."
+        ) from error
     function.argtypes = [_TYPES[letter] for letter in signature]
     function.restype = ctypes.c_int64
     pointers = [index for index, letter in enumerate(signature) if letter == "p"]

@@ -9,13 +9,12 @@
 The backward keeps the inputs alone and computes r again: one more pass over x for no saved memory.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kimi_linear.ops.checks import compute_dtype
+from kimi_linear.ops.norm import autograd
 
 
 def _normalise(x: Tensor, eps: float, terms: int) -> tuple[Tensor, Tensor]:
@@ -101,45 +100,6 @@ def l2_norm_reference_backward(grad_y: Tensor, x: Tensor, eps: float) -> Tensor:
     return _normalise_backward(grad_y, y, r, terms=1).to(x.dtype).contiguous()
 
 
-@rms_norm_reference.register_fake
-@gated_rms_norm_reference.register_fake
-@l2_norm_reference.register_fake
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@rms_norm_reference_backward.register_fake
-def _(grad_y: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-@gated_rms_norm_reference_backward.register_fake
-def _(grad_y: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), gate.new_empty(gate.shape), weight.new_empty(weight.shape)
-
-
-@l2_norm_reference_backward.register_fake
-def _(grad_y: Tensor, x: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    ctx.plain = tuple(value for value in inputs if not isinstance(value, Tensor))
-
-
-def _rms_norm_formula(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    return *rms_norm_reference_backward(grad_y, *ctx.saved_tensors, *ctx.plain), None
-
-
-def _gated_rms_norm_formula(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    return *gated_rms_norm_reference_backward(grad_y, *ctx.saved_tensors, *ctx.plain), None, None
-
-
-def _l2_norm_formula(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    return l2_norm_reference_backward(grad_y, *ctx.saved_tensors, *ctx.plain), None
-
-
-rms_norm_reference.register_autograd(_rms_norm_formula, setup_context=_save)
-gated_rms_norm_reference.register_autograd(_gated_rms_norm_formula, setup_context=_save)
-l2_norm_reference.register_autograd(_l2_norm_formula, setup_context=_save)
+autograd.register(rms_norm_reference, rms_norm_reference_backward)
+autograd.register(gated_rms_norm_reference, gated_rms_norm_reference_backward)
+autograd.register(l2_norm_reference, l2_norm_reference_backward)

@@ -51,6 +51,7 @@ SPECS = (
     NormSpec("heads", (2, 5, 3, 16)),
     NormSpec("heads_silu", (2, 5, 3, 16), activation="silu"),
     NormSpec("wide", (3, 513)),
+    NormSpec("many_rows", (2, 150, 19), activation="silu"),
     NormSpec("no_row", (0, 8)),
     NormSpec("large", (4, 16), scale=1e3),
     # Small enough for the epsilon to matter.

@@ -1,4 +1,4 @@
-"""The iteration in native code (csrc/orthogonalise.cpp): bfloat16 products with float32 sums, half of the symmetric ones."""
+"""The iteration in native code (csrc/orthogonalise.cpp): bfloat16 products, float32 sums, symmetric ones by half."""
 
 import torch
 from torch import Tensor

@@ -4,7 +4,9 @@ from torch import Tensor
 
 from kimi_linear.base.errors import ConfigError, ShapeError
 from kimi_linear.ops.checks import describe_call, expect_floating, expect_integer, expect_same_device, expect_shape
+from kimi_linear.ops.native import refuse
 from kimi_linear.ops.registry import Backend, Call, define
+from kimi_linear.ops.rope.cpu import rope_cpu
 from kimi_linear.ops.rope.reference import rope_reference
 
 
@@ -12,7 +14,11 @@ def _runs_all(call: Call) -> list[str]:
     return []
 
 
-ROPE = define("rope", Backend("reference", rope_reference, _runs_all, "angles in float64, rotation in float32"))
+ROPE = define(
+    "rope",
+    Backend("cpu", rope_cpu, refuse, "native, one pass over memory"),
+    Backend("reference", rope_reference, _runs_all, "angles in float64, rotation in float32"),
+)
 
 
 def apply_rope(x: Tensor, positions: Tensor, *, theta: float, backend: str | None = None) -> Tensor:
@@ -28,7 +34,7 @@ def apply_rope(x: Tensor, positions: Tensor, *, theta: float, backend: str | Non
         x: Queries or keys, [B, T, H, K], K even. To rotate a part of the channels, pass that part.
         positions: Position of each token, [T] or [B, T], int32 or int64.
         theta: Base of the frequencies, > 0; 10000 is customary.
-        backend: "reference" or None.
+        backend: "cpu", "reference" or None.
 
     Returns:
         [B, T, H, K] in the dtype of x. Differentiable in x, any number of times.

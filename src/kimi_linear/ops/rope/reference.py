@@ -1,18 +1,15 @@
 """Rotary positions in the obvious form, and the only one needed: the rotation is memory-bound.
 
-    angle_{t,i} = position_t * theta ** (-2 i / K),   i = 0 .. K/2 - 1                       (1)
-    y_i       = x_i cos - x_{i + K/2} sin                                                    (2)
-    y_{i+K/2} = x_{i + K/2} cos + x_i sin                                                    (3)
-
-A rotation's transpose is the rotation by the opposite angle, so the backward is the forward at -position.
+angle_{t,i} = position_t * theta ** (-2 i / K),   i = 0 .. K/2 - 1                       (1)
+y_i       = x_i cos - x_{i + K/2} sin                                                    (2)
+y_{i+K/2} = x_{i + K/2} cos + x_i sin                                                    (3)
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kimi_linear.ops.checks import compute_dtype
+from kimi_linear.ops.rope import autograd
 
 
 @torch.library.custom_op("kimi_linear::rope_reference", mutates_args=())
@@ -31,19 +28,4 @@ def rope_reference(x: Tensor, positions: Tensor, theta: float, inverse: bool) ->
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
 
 
-@rope_reference.register_fake
-def _fake(x: Tensor, positions: Tensor, theta: float, inverse: bool) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, positions, ctx.theta, ctx.inverse = inputs
-    ctx.save_for_backward(positions)
-
-
-def _formula(ctx: Any, d_y: Tensor) -> tuple[Any, ...]:
-    (positions,) = ctx.saved_tensors
-    return rope_reference(d_y, positions, ctx.theta, not ctx.inverse), None, None, None
-
-
-rope_reference.register_autograd(_formula, setup_context=_save)
+autograd.register(rope_reference)

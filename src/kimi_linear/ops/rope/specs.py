@@ -35,6 +35,7 @@ SPECS = (
     RopeSpec("shared_positions", T=7, B=2),
     RopeSpec("own_positions", T=7, B=3, per_sequence=True),
     RopeSpec("two_channels", T=5, K=2),
+    RopeSpec("many_channels", T=19, B=2, H=3, K=70),
     RopeSpec("far_away", T=5, start=1_000_000, theta=500000.0),
     RopeSpec("empty", T=0),
 )
