@@ -27,10 +27,10 @@ TESTS = ("tests/ops", "tests/contracts", "tests/nn")
 NATIVE_ONLY = "cpu or native"
 
 
-def sanitized(sanitize: str) -> dict[str, str]:
+def sanitized(sanitize: str, levels: list[str]) -> dict[str, str]:
     """Build libraries with sanitizers; return the environment that runs them inside an ordinary Python."""
     folder = ROOT / "build" / f"sanitize-{sanitize.replace(',', '-')}"
-    build.build(folder, sanitize=sanitize)
+    build.build(folder, levels, sanitize=sanitize)
     compiler = build.find_compiler().command
     runtimes = [
         subprocess.check_output([*compiler, f"-print-file-name={name}"], text=True).strip()
@@ -52,8 +52,8 @@ def main() -> int:
     parser.add_argument("--levels", nargs="+", default=[*available_levels(), "off"], choices=[*LEVELS, "off"])
     parser.add_argument("--sanitize", default="", help="sanitizers, such as address,undefined")
     arguments = parser.parse_args()
-    extra = sanitized(arguments.sanitize) if arguments.sanitize else {}
     levels = [level for level in arguments.levels if not (arguments.sanitize and level == "off")]
+    extra = sanitized(arguments.sanitize, levels) if arguments.sanitize else {}
     failed = []
     for level in levels:
         print(f"--- {level}{' with sanitizers' if extra else ''}", flush=True)

@@ -105,7 +105,10 @@ class KimiLinearForCausalLM(KimiLinearLM):
 
         Example:
             >>> from kimi_linear import KimiLinearForCausalLM, preset
-            >>> model = KimiLinearForCausalLM(preset("tiny")).eval().prepare_for_inference("float32")
+            >>> from kimi_linear.ops import native
+            >>> model = KimiLinearForCausalLM(preset("tiny")).eval()
+            >>> if native.why_unavailable() is None:
+            ...     model = model.prepare_for_inference("float32")
             >>> model.generate([[1, 2, 3]], max_new_tokens=5, temperature=0.0).shape
             torch.Size([1, 8])
         """

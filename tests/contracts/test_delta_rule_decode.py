@@ -8,13 +8,13 @@ from torch import Tensor
 
 from kimi_linear.base.errors import BackendError, ShapeError
 from kimi_linear.base.numerics import relative_error, tolerance
-from kimi_linear.ops import OPS, delta_rule_decode, kda_core_decode
+from kimi_linear.ops import delta_rule_decode, kda_core_decode
 from kimi_linear.ops.delta_rule.specs import CoreCase, DeltaRuleCase
 from support import ops
 from support.delta_rule import KINDS, PARAMETERS, TOKENS, call, draw
 
 DECODE = {"delta_rule": delta_rule_decode, "kda_core": kda_core_decode}
-BACKENDS = [(op, backend.name) for op in DECODE for backend in OPS[f"{op}_decode"].backends]
+BACKENDS = [(op, backend) for op in DECODE for backend in ops.backends(f"{op}_decode")]
 every_backend = pytest.mark.parametrize(("op", "backend"), BACKENDS)
 SHAPE: dict[str, Any] = {"T": 6, "B": 4, "HV": 4}
 PLAIN = {op: kind(name="plain", **SHAPE) for op, kind in KINDS.items()}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ Function = Callable[..., Any]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COTANGENT_SEED = 1234
+# For what only the native kernels can run.
+NATIVE = pytest.mark.skipif(native.why_unavailable() is not None, reason="no native kernels in this installation")
 
 
 def backends(op: str, *dtypes: torch.dtype) -> list[str]:

@@ -16,6 +16,7 @@ from kimi_linear.ops.delta_rule import (
     ssd,
 )
 from kimi_linear.ops.gate import forget_gate
+from kimi_linear.ops.linear import PackedLinear, linear
 from kimi_linear.ops.moe import grouped_mlp, route
 from kimi_linear.ops.norm import gated_rms_norm, l2_norm, rms_norm
 from kimi_linear.ops.orthogonalise import orthogonalise
@@ -26,6 +27,7 @@ from kimi_linear.ops.swiglu import swiglu
 __all__ = [
     "OPS",
     "Call",
+    "PackedLinear",
     "apply_rope",
     "attention",
     "attention_decode",
@@ -42,6 +44,7 @@ __all__ = [
     "kda_core",
     "kda_core_decode",
     "l2_norm",
+    "linear",
     "linear_cross_entropy",
     "mla_attention",
     "mla_decode",

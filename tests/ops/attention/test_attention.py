@@ -207,6 +207,7 @@ def test_custom_ops_pass_opcheck(forward: Any, backward: Any, name: str) -> None
     ops.opcheck(backward, torch.randn_like(forward(*args)), *args)
 
 
+@ops.NATIVE
 @pytest.mark.parametrize("name", ["grouped_heads", "wide_value", "window", "packed", "packed_continued"])
 def test_native_custom_ops_pass_opcheck(name: str) -> None:
     a = BY_NAME[name].inputs(torch.float32)

@@ -228,16 +228,20 @@ def test_mla_decode_compiles_whole(backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ragged", "window", "no_sequence"])
-def test_custom_ops_pass_opcheck(name: str) -> None:
+@pytest.mark.parametrize(
+    ("gqa", "mla"),
+    [
+        pytest.param(
+            decode_reference.attention_decode_reference, decode_reference.mla_decode_reference, id="reference"
+        ),
+        pytest.param(decode_tiled.attention_decode_tiled, decode_tiled.mla_decode_absorbed, id="tiled"),
+        pytest.param(cpu_decode.attention_decode_cpu, cpu_decode.mla_decode_cpu, id="cpu", marks=ops.NATIVE),
+    ],
+)
+def test_custom_ops_pass_opcheck(gqa: Any, mla: Any, name: str) -> None:
     a, m = BY_NAME[name].inputs(torch.float32), BY_NAME[name].mla_inputs(torch.float32)
-    for op in (
-        decode_reference.attention_decode_reference,
-        decode_tiled.attention_decode_tiled,
-        cpu_decode.attention_decode_cpu,
-    ):
-        ops.opcheck(op, a["q"], a["k"], a["v"], a["lengths"], 0.3, a["window"])
-    for op in (decode_reference.mla_decode_reference, decode_tiled.mla_decode_absorbed, cpu_decode.mla_decode_cpu):
-        ops.opcheck(op, m["q"], m["latent"], m["key_rope"], m["lengths"], m["kv_b"], m["nope_dim"], 0.3)
+    ops.opcheck(gqa, a["q"], a["k"], a["v"], a["lengths"], 0.3, a["window"])
+    ops.opcheck(mla, m["q"], m["latent"], m["key_rope"], m["lengths"], m["kv_b"], m["nope_dim"], 0.3)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,11 @@ def test_the_step_compiles_whole_and_still_updates_the_pool(backend: str) -> Non
     assert not torch.equal(other, history)
 
 
-@pytest.mark.parametrize("op", [short_conv_decode_reference, short_conv_decode_cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize(
+    "op",
+    [short_conv_decode_reference, pytest.param(short_conv_decode_cpu, marks=ops.NATIVE)],
+    ids=["reference", "cpu"],
+)
 def test_the_custom_ops_pass_opcheck(op: Any) -> None:
     x, weight, history = step(ConvSpec("step", T=1, B=3), torch.float32)
     ops.opcheck(op, x, weight, history, torch.tensor([2, -1, 0]), True)

@@ -178,7 +178,7 @@ def test_runs_compose_as_affine_maps_of_the_state(backend) -> None:
     ops.assert_close(A @ inputs["initial_state"] + b, state)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "chunk"])
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=ops.NATIVE), "chunk"])
 @pytest.mark.parametrize(("keys", "beta"), [("correlated", 1.0), ("identical", 1.0), ("gaussian", 2.0)])
 def test_a_long_run_in_float32_does_not_drift(backend, keys, beta) -> None:
     """Hard keys, next to no decay, two thousand tokens: the last outputs are as good as the table asks of any."""

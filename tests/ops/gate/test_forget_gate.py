@@ -129,7 +129,10 @@ def test_the_call_compiles_whole(backend: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["softplus", "bounded", "bounded_without_rate", "bounded_without_rate_or_bias"])
 @pytest.mark.parametrize(
     ("forward", "backward"),
-    [(forget_gate_reference, forget_gate_reference_backward), (forget_gate_cpu, forget_gate_cpu_backward)],
+    [
+        (forget_gate_reference, forget_gate_reference_backward),
+        pytest.param(forget_gate_cpu, forget_gate_cpu_backward, marks=ops.NATIVE),
+    ],
     ids=["reference", "cpu"],
 )
 def test_custom_ops_pass_opcheck(forward: Any, backward: Any, name: str) -> None:

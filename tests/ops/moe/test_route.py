@@ -189,6 +189,7 @@ def test_experts_are_chosen_as_by_a_stable_sort(backend: str, activation: str, E
     assert torch.equal(experts, (scores + bias).argsort(dim=-1, descending=True, stable=True)[:, :top_k])
 
 
+@ops.NATIVE
 @EACH_ACTIVATION
 def test_natively_the_lowest_index_comes_first_among_equals(activation: str) -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]])

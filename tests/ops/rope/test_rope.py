@@ -107,7 +107,7 @@ def test_the_call_compiles_whole(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["shared_positions", "own_positions", "empty"])
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("op", [rope_reference, rope_cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("op", [rope_reference, pytest.param(rope_cpu, marks=ops.NATIVE)], ids=["reference", "cpu"])
 def test_custom_op_passes_opcheck(op: Any, inverse: bool, name: str) -> None:
     inputs = BY_NAME[name].inputs(torch.float32)
     ops.opcheck(op, *ops.requiring_grad(inputs["x"]), inputs["positions"], 1e4, inverse)

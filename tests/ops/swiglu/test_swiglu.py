@@ -49,6 +49,7 @@ def test_extreme_gates_stay_finite(backend: str, dtype: torch.dtype) -> None:
     assert grads["gate"].isfinite().all()
 
 
+@ops.NATIVE
 def test_natively_an_element_does_not_depend_on_where_it_stands() -> None:
     inputs = BY_NAME["pieces"].inputs(torch.float32)
     whole = swiglu(**inputs, backend="cpu")

@@ -76,12 +76,12 @@ SIZES: dict[str, Size] = {
     ),
     "demo": Size(
         vocab_size=4096,
-        hidden_size=256,
+        hidden_size=128,
         num_layers=4,
-        kda=KDAConfig(num_heads=4, head_dim=64),
-        mla=MLAConfig(num_heads=4, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
-        moe=MoEConfig(num_experts=8, top_k=2, intermediate_size=256),
-        dense_width=768,
+        kda=KDAConfig(num_heads=4, head_dim=32),
+        mla=MLAConfig(num_heads=4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+        moe=MoEConfig(num_experts=16, top_k=4, intermediate_size=64),
+        dense_width=384,
         max_length=4096,
     ),
     "150m": Size(

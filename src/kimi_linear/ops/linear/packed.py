@@ -39,7 +39,9 @@ class PackedLinear:
 
     Example:
         >>> import torch
-        >>> layer = PackedLinear(torch.eye(64), format="int8")
+        >>> from kimi_linear.ops import native
+        >>> plain = torch.nn.Linear(64, 64)
+        >>> layer = PackedLinear(plain.weight, format="int8") if native.why_unavailable() is None else plain
         >>> layer(torch.ones(2, 64)).shape
         torch.Size([2, 64])
     """

@@ -105,9 +105,9 @@ def training_run(config: DemoConfig) -> RunConfig:
     return RunConfig(
         run_dir=str(Path(config.directory) / "train"),
         model=config.model,
-        data=DataConfig(seq_len=256, batch_size=8),
+        data=DataConfig(seq_len=256, batch_size=16),
         evaluation=EvalConfig(batches=8),
-        train=TrainConfig(max_minutes=config.minutes, accumulation=2, eval_every=40, checkpoint_minutes=1.0),
+        train=TrainConfig(max_minutes=config.minutes, eval_every=100, checkpoint_minutes=1.0),
         optim=OptimConfig(name="muon", learning_rate=1e-2),
         schedule=ScheduleConfig(name="wsd", warmup=0.03, decay=0.5, final=0.05),
         seed=config.seed,

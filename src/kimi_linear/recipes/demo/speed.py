@@ -1,8 +1,6 @@
 """How much more the native kernels train in the same time: the demonstration's own training, with and without them.
 
-Each side runs in a process of its own, because kernels are chosen once in a process:
-
-    python -m kimi_linear.recipes.demo.speed RUN_DIR SECONDS      prints one line of JSON
+Each side runs in a process of its own, because kernels are chosen once in a process.
 """
 
 import dataclasses
@@ -46,7 +44,8 @@ def ratio(speed: dict[str, Any]) -> float:
 
 
 def _in_a_process(run_dir: str, seconds: float, level: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "kimi_linear.recipes.demo.speed", run_dir, str(seconds)]
+    code = "from kimi_linear.recipes.demo.speed import print_speed; print_speed()"
+    command = [sys.executable, "-c", code, run_dir, str(seconds)]
     changed = env.with_variables(KIMI_LINEAR_CPU_LEVEL=level)
     done = subprocess.run(command, env=changed, capture_output=True, text=True)
     if done.returncode != 0:
@@ -55,5 +54,6 @@ def _in_a_process(run_dir: str, seconds: float, level: str) -> dict[str, Any]:
     return measured
 
 
-if __name__ == "__main__":
+def print_speed() -> None:
+    """Measure the run and for the seconds that the command line names, and print one line of JSON."""
     print(json.dumps(dataclasses.asdict(training_speed(sys.argv[1], float(sys.argv[2])))))
