@@ -44,7 +44,7 @@ class Settings:
     budget_seconds: float
 
 
-FULL = Settings(rounds=5, turn_seconds=0.2, call_seconds=60.0, budget_seconds=4.0)
+FULL = Settings(rounds=3, turn_seconds=0.2, call_seconds=30.0, budget_seconds=2.0)
 QUICK = Settings(rounds=2, turn_seconds=0.1, call_seconds=30.0, budget_seconds=2.0)
 
 

@@ -6,6 +6,7 @@ import selectors
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ class Worker:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             if stream is not None and not stream.closed:
-                stream.close()
+                # What was still to be sent to a process that has ended cannot be; closing says so.
+                with suppress(OSError):
+                    stream.close()
 
     def ask(self, timeout: float, **request: Any) -> Any:
         """Send a command and return the answer; on any error the process is ended and WorkerError raised."""

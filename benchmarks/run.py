@@ -8,6 +8,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,14 @@ def measure(
     seconds = 0.2 if arguments.quick else 1.0
     before = ceilings.measure(seconds)
     rows = []
-    for row in sections(arguments.parts, written, found, arguments.quick):
-        rows.append(row.as_dict())
-        print(line(rows[-1], before), flush=True)
+    for part in arguments.parts:
+        try:
+            for row in sections([part], written, found, arguments.quick):
+                rows.append(row.as_dict())
+                print(line(rows[-1], before), flush=True)
+        except Exception:
+            # Half an hour of other rows is not thrown away; the page shows what is missing as not measured.
+            print(f"{part}: stopped by an error\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     given = {"quick": arguments.quick, "model": MODEL, "agreement": agreement}
     parameters = named_config(MODEL).parameters()
     return "", finish(about, before, ceilings.measure(seconds), rows, parameters=parameters, **given)
