@@ -9,6 +9,10 @@
 #include "common.h"
 #include "simd.h"
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 namespace kl {
 namespace {
 
@@ -112,6 +116,18 @@ KL_EXPORT int64_t kl_vector_floats() { return kl::kLanes; }
 KL_EXPORT int64_t kl_set_threads(void* parallel_for, void* num_threads) {
   kl::torch_parallel_for = reinterpret_cast<kl::ParallelFor>(parallel_for);
   kl::torch_num_threads = reinterpret_cast<kl::NumThreads>(num_threads);
+  return 0;
+}
+
+// Let malloc keep large blocks that were freed instead of handing their pages back to the system, and take memory in
+// steps of 64 MiB. Otherwise each large tensor is mapped anew, and the page faults of its first touch cost more than
+// what a kernel does with it.
+KL_EXPORT int64_t kl_keep_memory() {
+#if defined(__GLIBC__)
+  mallopt(M_MMAP_MAX, 0);
+  mallopt(M_TRIM_THRESHOLD, INT32_MAX);
+  mallopt(M_TOP_PAD, 1 << 26);
+#endif
   return 0;
 }
 

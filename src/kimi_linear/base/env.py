@@ -50,6 +50,12 @@ VARIABLES: dict[str, Variable] = {
         f"auto, off, {', '.join(_LEVELS)}",
         "the instruction level of the native CPU kernels; off goes without them",
     ),
+    "KIMI_LINEAR_KEEP_MEMORY": Variable(
+        _flag,
+        True,
+        "0 or 1",
+        "let the process keep memory it has freed once native kernels are loaded; 0 leaves the allocator as it is",
+    ),
     "KIMI_LINEAR_CPU_LIBRARIES": Variable(
         str, "", "a directory, or empty", "where the libraries of native CPU kernels are, if not in the package"
     ),

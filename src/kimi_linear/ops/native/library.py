@@ -80,6 +80,8 @@ def _load() -> Library | _Missing:
     except AttributeError:
         return _Missing(f"torch {torch.__version__} has no {_THREAD_FUNCTIONS[0]}; use torch 2.10 or later")
     handle.kl_set_threads(*threads)
+    if env.read("KIMI_LINEAR_KEEP_MEMORY"):
+        handle.kl_keep_memory()
     return Library(level, handle)
 
 
