@@ -47,7 +47,7 @@ class Worker:
     ) -> None:
         # Enough to be fair, not enough to push the machine into swapping.
         self.limit = int(memory_bytes("MemAvailable") * share)
-        environment = {**os.environ, **(KEEP_MEMORY if keep else {})}
+        environment = {**os.environ, **(KEEP_MEMORY if keep else {"KIMI_LINEAR_KEEP_MEMORY": "0"})}
         for name in ("KIMI_LINEAR_BACKEND", "PYTHONPATH"):
             environment.pop(name, None)
         if Path(python) == Path(sys.executable):
