@@ -5,6 +5,7 @@ python benchmarks/run.py --quick     two minutes, a rough picture; writes runs/b
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import operators
 import peers
 import report
 from aims import verdicts
+from kimi_linear.base.files import atomic_file
 from kimi_linear.recipes.bench import ceilings, context, machine, memory, models
 from kimi_linear.recipes.bench.engine import named_config
 from kimi_linear.recipes.bench.operators import decode_rows, sweep
@@ -130,6 +132,10 @@ def measure(
         except Exception:
             # Half an hour of other rows is not thrown away; the page shows what is missing as not measured.
             print(f"{part}: stopped by an error\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        # So that an end of this process, for lack of memory say, does not take the rows with it.
+        QUICK_RESULTS.mkdir(parents=True, exist_ok=True)
+        with atomic_file(QUICK_RESULTS / "rows.json") as temporary:
+            temporary.write_text(json.dumps(rows), encoding="utf-8")
     given = {"quick": arguments.quick, "model": MODEL, "agreement": agreement}
     parameters = named_config(MODEL).parameters()
     return "", finish(about, before, ceilings.measure(seconds), rows, parameters=parameters, **given)
