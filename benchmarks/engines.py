@@ -49,7 +49,7 @@ class Settings:
     slow_training: int
 
 
-FULL = Settings(rounds=3, budget_seconds=12.0, call_seconds=180.0, slow_steps=12, slow_training=256)
+FULL = Settings(rounds=3, budget_seconds=12.0, call_seconds=180.0, slow_steps=12, slow_training=1024)
 QUICK = Settings(rounds=2, budget_seconds=4.0, call_seconds=60.0, slow_steps=4, slow_training=64)
 
 

@@ -119,14 +119,14 @@ KL_EXPORT int64_t kl_set_threads(void* parallel_for, void* num_threads) {
   return 0;
 }
 
-// Let malloc keep large blocks that were freed instead of handing their pages back to the system, and take memory in
-// steps of 64 MiB. Otherwise each large tensor is mapped anew, and the page faults of its first touch cost more than
-// what a kernel does with it.
+// Let malloc keep freed blocks of up to kKeptBlock for the next call instead of handing their pages back to the system: the
+// page faults of a tensor that is mapped anew in every call cost more than what a kernel does with it. Larger blocks
+// (caches, weights) go back as they are freed, so a process keeps no more than the most its smaller blocks ever took.
 KL_EXPORT int64_t kl_keep_memory() {
 #if defined(__GLIBC__)
-  mallopt(M_MMAP_MAX, 0);
-  mallopt(M_TRIM_THRESHOLD, INT32_MAX);
-  mallopt(M_TOP_PAD, 1 << 26);
+  constexpr int kKeptBlock = 32 << 20, kKeptAtEnd = 512 << 20;
+  mallopt(M_MMAP_THRESHOLD, kKeptBlock);
+  mallopt(M_TRIM_THRESHOLD, kKeptAtEnd);
 #endif
   return 0;
 }

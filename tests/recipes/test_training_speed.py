@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_linear.base.errors import ConfigError, KimiLinearError
+from kimi_linear.base.errors import KimiLinearError
 from kimi_linear.recipes.demo import report, speed
 from kimi_linear.recipes.train import DataConfig, RunConfig, train, training_speed
 from kimi_linear.training.loop import TrainConfig
@@ -35,21 +35,22 @@ def files(directory: Path) -> dict[str, int]:
 
 def test_whole_steps_are_counted_and_the_run_stays_as_it_was(run_dir: Path) -> None:
     before = {name: time for name, time in files(run_dir).items() if name != ".lock"}
-    measured = training_speed(str(run_dir), 1.0)
+    measured = training_speed(str(run_dir), 0.2)
     assert measured.tokens > 0
     assert measured.tokens % 64 == 0
-    assert 0 < measured.seconds < 1.5
+    assert measured.seconds >= 0.2
     assert measured.precision == "fp32"
     assert {name: time for name, time in files(run_dir).items() if name != ".lock"} == before
 
 
-def test_too_little_time_is_an_error(run_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="too few for 1000001 steps"):
-        training_speed(str(run_dir), 0.1, warm_up=1_000_000)
+def test_a_slow_machine_still_measures_one_step(run_dir: Path) -> None:
+    measured = training_speed(str(run_dir), 1e-9, warm_up=1)
+    assert measured.tokens == 64
+    assert measured.seconds > 0
 
 
 def test_both_sides_are_measured_where_there_are_kernels(run_dir: Path) -> None:
-    compared = speed.compare(str(run_dir), 6.0)
+    compared = speed.compare(str(run_dir), 0.2)
     if "reason" in compared:
         assert "not compared" in report.speed_sentence(compared)
         return

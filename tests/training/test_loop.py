@@ -206,6 +206,17 @@ def test_a_time_budget_counts_on_after_a_resume(monkeypatch, tmp_path):
     assert (result.status, result.step, result.seconds) == ("finished", 10, 60.0)
 
 
+def test_a_callback_can_stop_the_loop():
+    class StopAt3(Callback):
+        def on_step(self, record):
+            if record.step == 3:
+                trainer.stop()
+
+    trainer = toy_trainer(max_steps=10, callbacks=[StopAt3()])
+    result = trainer.fit()
+    assert (result.status, result.step) == ("interrupted", 3)
+
+
 def test_the_nearer_of_two_budgets_counts(monkeypatch):
     clock = Clock(monkeypatch)
     assert toy_trainer(max_steps=3, max_minutes=10.0, batches=clock.batches(6.0)).fit().step == 3

@@ -54,7 +54,7 @@ VARIABLES: dict[str, Variable] = {
         _flag,
         True,
         "0 or 1",
-        "let the process keep memory it has freed once native kernels are loaded; 0 leaves the allocator as it is",
+        "let the process keep freed blocks of up to 32 MiB once native kernels are loaded; 0 leaves malloc as it is",
     ),
     "KIMI_LINEAR_CPU_LIBRARIES": Variable(
         str, "", "a directory, or empty", "where the libraries of native CPU kernels are, if not in the package"

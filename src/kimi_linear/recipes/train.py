@@ -210,44 +210,44 @@ class Speed:
     precision: str
 
 
+# A time budget that is not met.
+_ENDLESS_MINUTES = 1e9
+
+
 def training_speed(run_dir: str, seconds: float, *, warm_up: int = 2) -> Speed:
-    """Train a fresh model on the prepared data of a run for about so many seconds, keep the time and nothing else.
+    """Train a fresh model on the prepared data of a run, keep the time and nothing else.
 
     Args:
         run_dir: Of a run whose data are prepared; nothing in it is changed.
-        seconds: How long, choice of precision and the steps left out included.
-        warm_up: Steps left out.
-
-    Raises:
-        ConfigError: There was no time for a step after the ones left out.
+        seconds: How long to measure at least, in whole steps.
+        warm_up: Steps before that, left out; at least one.
     """
     config = RunConfig.from_dict(read_json(Path(run_dir) / "config.json"))
-    budget = dataclasses.replace(config.train, max_steps=None, max_minutes=seconds / 60)
-    run = _Run(dataclasses.replace(config, run_dir=run_dir, train=budget, tensorboard=False), lambda line: None, ())
-    steps = _Steps()
+    endless = dataclasses.replace(config.train, max_steps=None, max_minutes=_ENDLESS_MINUTES)
+    run = _Run(dataclasses.replace(config, run_dir=run_dir, train=endless, tensorboard=False), lambda line: None, ())
     trainer = run.trainer
+    steps = _Steps(trainer, warm_up, seconds)
     trainer.evaluate, trainer.store, trainer.callbacks = None, None, [steps]
     trainer.fit()
-    timed = steps.records[warm_up:]
-    if not timed:
-        raise ConfigError(f"{seconds:g} seconds are too few for {warm_up + 1} steps; give more.")
-    before = steps.records[warm_up - 1] if warm_up else None
+    first, last = steps.first, steps.last
     return Speed(
-        tokens=timed[-1].tokens - (before.tokens if before else 0),
-        seconds=timed[-1].seconds - (before.seconds if before else 0.0),
-        precision=trainer.precision.name,
+        tokens=last.tokens - first.tokens, seconds=last.seconds - first.seconds, precision=trainer.precision.name
     )
 
 
 class _Steps(Callback):
-    """Keeps the records of all steps."""
+    """Keeps the last record of the warm-up and the newest, and stops when these are far enough apart."""
 
-    def __init__(self) -> None:
-        self.records: list[StepRecord] = []
+    def __init__(self, trainer: Trainer, warm_up: int, seconds: float) -> None:
+        self._trainer, self._warm_up, self._seconds = trainer, warm_up, seconds
 
     def on_step(self, record: StepRecord) -> None:
         """Keep it."""
-        self.records.append(record)
+        self.last = record
+        if record.step <= self._warm_up:
+            self.first = record
+        elif record.seconds - self.first.seconds >= self._seconds:
+            self._trainer.stop()
 
 
 class _Run:

@@ -103,7 +103,11 @@ class Trainer:
         self.step, self.tokens, self.metrics = 0, 0, dict[str, float]()
         self.precision = Precision(config.precision)
         self._seconds_before, self._started = 0.0, time.monotonic()
-        self._last_save, self._step_seconds = self._started, 0.0
+        self._last_save, self._step_seconds, self._stop = self._started, 0.0, False
+
+    def stop(self) -> None:
+        """Let the current step finish, save and return from `fit` with status "interrupted"; for callbacks."""
+        self._stop = True
 
     @property
     def seconds(self) -> float:
@@ -160,7 +164,7 @@ class Trainer:
             record = self._step()
             for callback in self.callbacks:
                 callback.on_step(record)
-            done, stop = record.progress >= 1.0, must_stop()
+            done, stop = record.progress >= 1.0, self._stop or must_stop()
             if self.evaluate is not None and (done or self._is_due(self.config.eval_every)):
                 self._evaluate(self.evaluate)
             if done or stop or self._must_save():

@@ -117,3 +117,18 @@ def test_every_item_runs_once() -> None:
     total = torch.zeros(1, dtype=torch.int64)
     native.kernel("test_parallel_sum", "pi")(total, 1000)
     assert total.item() == 999 * 1000 // 2
+
+
+@HERE
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_large_blocks_go_back_to_the_system() -> None:
+    """A process of its own: what is resident must not depend on the tests before."""
+    code = (
+        "import torch; from kimi_linear.ops import native; native.active_level()\n"
+        "def resident(): return int(next(x for x in open('/proc/self/status') if x.startswith('VmRSS')).split()[1])\n"
+        "before = resident(); blocks = [torch.ones(2**25) for _ in range(3)]\n"
+        "assert resident() - before > 380_000, 'the test sees memory in use'\n"
+        "del blocks; assert resident() - before < 100_000"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

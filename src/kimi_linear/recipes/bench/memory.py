@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kimi_linear.base import env
 from kimi_linear.nn.decoder import checkpoint_blocks
 from kimi_linear.recipes.bench.engine import Engine, build, named_config
 from kimi_linear.recipes.bench.record import Row
@@ -28,7 +29,7 @@ def resident(field: str = "VmRSS") -> int:
 def training_peak(model: str, tokens: int, arithmetic: str, recompute: bool = False) -> dict[str, Any]:
     """Return the bytes that a training step adds at its peak, gradients included, and the bytes of the weights.
 
-    The step's pool of freed memory counts as long as the process holds it, as for everyone else on the machine.
+    To be run with KIMI_LINEAR_KEEP_MEMORY=0: memory that the process kept from its first, short step would be missing.
     """
     engine = Engine(build(named_config(model)), None)
     if recompute:
@@ -54,7 +55,8 @@ def measure(
     given = json.dumps({"model": model, "threads": torch.get_num_threads(), **case})
     command = [sys.executable, "-m", "kimi_linear.recipes.bench.memory", given]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        changed = env.with_variables(KIMI_LINEAR_KEEP_MEMORY="0")
+        done = subprocess.run(command, env=changed, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         row.reason = f"stopped after {timeout:.0f} s"
         return row

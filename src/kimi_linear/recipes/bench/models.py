@@ -1,12 +1,16 @@
 """The whole model: reading a prompt, generating, training; and one layer over ever longer texts."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from kimi_linear.base.errors import ConfigError
+from kimi_linear.inference.native.engine import parts_of_linears
+from kimi_linear.inference.native.modules import Stand
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
+from kimi_linear.ops import native
 from kimi_linear.recipes.bench.engine import WEIGHT_BYTES, Engine, build, served_dtype
 from kimi_linear.recipes.bench.record import Row
 from kimi_linear.recipes.bench.timing import Effort, in_turns, spread
@@ -144,15 +148,17 @@ def measure_layer(
         effort: Turns; one is one text.
         piece: Tokens a call, as a prompt is read when memory is to stay bounded.
     """
-    # The plain module: packed weights belong to a whole model.
     dtype = served_dtype(weights)
     layer = build(config).to(dtype).eval().model.blocks()[1].self_attn
     x = torch.randn(1, piece, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    # As in a model prepared for inference, where that can be.
+    packed = Stand(parts_of_linears(layer, weights)) if native.why_unavailable() is None else None
 
     def read(T: int) -> None:
         state = layer.new_state(1, device=x.device, dtype=dtype)
-        for start in range(0, T, piece):
-            layer(x[:, : min(piece, T - start)], state)
+        with packed.inside() if packed else nullcontext():
+            for start in range(0, T, piece):
+                layer(x[:, : min(piece, T - start)], state)
 
     flop = config.layer_blocks[1].mixer.flops_per_token(config.hidden_size, 0)
     calls = {str(T): lambda T=T: read(T) for T in lengths}
