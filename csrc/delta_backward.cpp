@@ -124,21 +124,23 @@ using namespace kl::delta;
 using namespace kl::delta::backward;
 
 // Gradients of delta_rule. `types`: TypeBits of the inputs, d_o's is that of the value; `d_types`: those of d_q, d_k,
-// d_e, which are float32 and [tokens, HV, K] where heads are grouped. d_gate and d_value have their inputs' types.
+// d_e, which are float32 and [tokens, HV, K] where heads are grouped. The others have their inputs' types.
 KL_EXPORT int64_t kl_delta_rule_backward(const void* d_o, const float* d_final, const void* q, const void* k,
-                                         const void* e, const void* value, const void* gate, const float* boundaries,
-                                         const int64_t* offsets, void* d_q, void* d_k, void* d_e, void* d_value,
-                                         void* d_gate, float* d_initial, int64_t types, int64_t d_types, int64_t N,
-                                         int64_t T, int64_t H, int64_t HV, int64_t K, int64_t V, int64_t erase_heads,
-                                         int64_t scalar_decay, int64_t pre, double scale) {
+                                         const void* e, const void* value, const void* gate, const void* beta,
+                                         const float* boundaries, const int64_t* offsets, void* d_q, void* d_k,
+                                         void* d_e, void* d_value, void* d_gate, void* d_beta, float* d_initial,
+                                         int64_t types, int64_t d_types, int64_t N, int64_t T, int64_t H, int64_t HV,
+                                         int64_t K, int64_t V, int64_t erase_heads, int64_t scalar_decay, int64_t pre,
+                                         double scale) {
   const Source source =
-      plain_source(q, k, e, value, gate, types, H, HV, K, V, erase_heads, scalar_decay != 0, pre != 0, scale);
+      plain_source(q, k, e, value, gate, beta, types, H, HV, K, V, erase_heads, scalar_decay != 0, pre != 0, scale);
   Targets targets{};
   targets.q = {d_q, type_of(d_types, kTypeQ)};
   targets.k = {d_k, type_of(d_types, kTypeK)};
   targets.e = {d_e, type_of(d_types, kTypeE)};
   targets.value = {d_value, source.value.type};
   targets.gate = {d_gate, source.gate.type};
+  targets.beta = {d_beta, source.beta.type};
   targets.initial = d_initial;
   const Rows d_output{d_o, source.value.type};
   backward::backward(source, targets, {offsets, N, T}, d_output, d_final, boundaries, nullptr, nullptr);

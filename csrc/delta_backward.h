@@ -104,6 +104,7 @@ class Walk {
   void factor_gradients_narrow(const Slot& slot);
   void load_values(const Rows& x, const Slot& slot, const float* factors, float* to) const;
   void finish_plain(const Slot& slot);
+  float finish_weights(const Slot& slot, int r);
   void finish_core(const Slot& slot);
   void finish_gate(const Slot& slot);
 

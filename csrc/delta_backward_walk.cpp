@@ -205,7 +205,7 @@ void Walk::backward_chunk(const Slot& slot) {
   prefetch(targets_.e, slot, K);
   prefetch(targets_.value, slot, V);
   if (!source_.scalar_decay) prefetch(targets_.gate, slot, K);
-  if (source_.core) prefetch(source_.value, slot.token, source_.HV, V);
+  if (source_.weighs()) prefetch(source_.value, slot.token, source_.HV, V);
   transpose(m_.d_queries_across, 2 * kChunk, Kp, kChunk, m_.d.q, Kp);
   transpose(m_.d_queries_across + kChunk, 2 * kChunk, Kp, kChunk, m_.d.e, Kp);
   transpose(m_.d_keys_across, kChunk, Kp, kChunk, m_.d.k, Kp);
@@ -225,10 +225,14 @@ void Walk::finish_plain(const Slot& slot) {
   for (int r = 0; r < slot.rows; ++r) {
     const int64_t row = (slot.token + r) * source_.HV + head_, at = r * Kp;
     store_row(targets_.q, row, m_.d.q + at, K, source_.scale);
+    if (source_.weighs()) {
+      store_one(targets_.beta, row, finish_weights(slot, r));
+    } else {
+      if (source_.erases()) store_row(targets_.e, row, m_.d.e + at, K, 1.0f);
+      // d_read holds -dz.
+      store_row(targets_.value, row, m_.d_read + (kChunk + r) * m_.Vp, source_.V, -1.0f);
+    }
     store_row(targets_.k, row, m_.d.k + at, K, 1.0f);
-    if (source_.erases()) store_row(targets_.e, row, m_.d.e + at, K, 1.0f);
-    // d_read holds -dz.
-    store_row(targets_.value, row, m_.d_read + (kChunk + r) * m_.Vp, source_.V, -1.0f);
     if (source_.scalar_decay) {
       vf total{};
       for (int64_t c = 0; c < Kp; c += kLanes) total += load(m_.d.g + at + c);
@@ -239,22 +243,31 @@ void Walk::finish_plain(const Slot& slot) {
   }
 }
 
-// From the terms' gradients to those of the raw inputs: e = b k, z = b v with the strength b.
+// Row r through e = b k and z = b v: stores the gradient of v, adds that of e to k's, and returns that of b.
+float Walk::finish_weights(const Slot& slot, int r) {
+  const int64_t row = (slot.token + r) * source_.HV + head_, at = r * m_.Kp, V = source_.V;
+  const float strength = m_.terms.strength[r];
+  // d_read holds -dz.
+  const float *d_z = m_.d_read + (kChunk + r) * m_.Vp, *d_e = m_.d.e + at;
+  float* d_k = m_.d.k + at;
+  load_row(source_.value, row, V, 1.0f, m_.row);
+  const float d_strength = dot(m_.terms.k + at, d_e, m_.Kp) - dot(m_.row, d_z, V);
+  for (int64_t c = 0; c < m_.Kp; c += kLanes) store(d_k + c, fma(splat(strength), load(d_e + c), load(d_k + c)));
+  store_row(targets_.value, row, d_z, V, -strength);
+  return d_strength;
+}
+
+// From the terms' gradients to those of the raw inputs.
 void Walk::finish_core(const Slot& slot) {
-  const int64_t K = source_.K, Kp = m_.Kp, V = source_.V;
+  const int64_t K = source_.K, Kp = m_.Kp;
   const bool grouped = source_.H != source_.HV;
   const float beta_scale = source_.beta_scale, scale = source_.scale;
   for (int r = 0; r < slot.rows; ++r) {
     const int64_t row = (slot.token + r) * source_.HV + head_, at = r * Kp;
     const float strength = m_.terms.strength[r];
-    const float *d_z = m_.d_read + (kChunk + r) * m_.Vp, *q = m_.terms.q + at, *k = m_.terms.k + at;
-    float *d_q = m_.d.q + at, *d_k = m_.d.k + at, *d_e = m_.d.e + at;
-    load_row(source_.value, row, V, 1.0f, m_.row);
-    float d_strength = -dot(m_.row, d_z, V);
-    d_strength += dot(k, d_e, Kp);
-    for (int64_t c = 0; c < Kp; c += kLanes) store(d_k + c, fma(strength, load(d_e + c), load(d_k + c)));
-    store_row(targets_.value, row, d_z, V, -strength);
-    store_one(targets_.beta, row, d_strength * strength * (1.0f - strength / beta_scale));
+    const float *q = m_.terms.q + at, *k = m_.terms.k + at;
+    float *d_q = m_.d.q + at, *d_k = m_.d.k + at;
+    store_one(targets_.beta, row, finish_weights(slot, r) * strength * (1.0f - strength / beta_scale));
     if (grouped) {
       store_row(targets_.q, row, d_q, K, scale);
       store_row(targets_.k, row, d_k, K, 1.0f);

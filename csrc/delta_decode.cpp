@@ -185,7 +185,7 @@ KL_EXPORT int64_t kl_delta_rule_decode(const void* q, const void* k, const void*
                                        int64_t erase_heads, int64_t scalar_decay, int64_t pre, double scale) {
   using namespace kl::delta;
   const Source source =
-      plain_source(q, k, e, z, g, types, H, HV, K, V, erase_heads, scalar_decay != 0, pre != 0, scale);
+      plain_source(q, k, e, z, g, nullptr, types, H, HV, K, V, erase_heads, scalar_decay != 0, pre != 0, scale);
   run(Call{source, o, pool, slots, slot_stride, head_stride, N});
   return 0;
 }

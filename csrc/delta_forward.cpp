@@ -306,15 +306,16 @@ void run(Call& call) {
 }  // namespace kl
 
 // q, k [tokens, H, K], e [tokens, erase_heads, K] or null, z, o [tokens, HV, V], g [tokens, HV, K] or (scalar) [tokens,
-// HV]; `types` holds a TypeBit for each. offsets [N + 1] or null: N sequences of T tokens. boundaries may be null.
+// HV]; `types` holds a TypeBit for each. beta [tokens, HV] or null: e = beta k, and z is to be multiplied by beta.
+// offsets [N + 1] or null: N sequences of T tokens. boundaries may be null.
 KL_EXPORT int64_t kl_delta_rule_forward(const void* q, const void* k, const void* e, const void* z, const void* g,
-                                        const float* initial, const int64_t* offsets, void* o, float* final_state,
-                                        float* boundaries, int64_t types, int64_t N, int64_t T, int64_t H, int64_t HV,
-                                        int64_t K, int64_t V, int64_t erase_heads, int64_t scalar_decay, int64_t pre,
-                                        double scale) {
+                                        const void* beta, const float* initial, const int64_t* offsets, void* o,
+                                        float* final_state, float* boundaries, int64_t types, int64_t N, int64_t T,
+                                        int64_t H, int64_t HV, int64_t K, int64_t V, int64_t erase_heads,
+                                        int64_t scalar_decay, int64_t pre, double scale) {
   using namespace kl::delta;
   const Source source =
-      plain_source(q, k, e, z, g, types, H, HV, K, V, erase_heads, scalar_decay != 0, pre != 0, scale);
+      plain_source(q, k, e, z, g, beta, types, H, HV, K, V, erase_heads, scalar_decay != 0, pre != 0, scale);
   Call call{source, Layout{offsets, N, T}, initial, o, final_state, boundaries, nullptr};
   run(call);
   return 0;

@@ -28,21 +28,22 @@ struct Rows {
   DType type;
 };
 
-// The arguments of a call. Plain: e and z as given, g the log decay. Core: e and z are formed from k, v and beta, g
-// from the gate's logits.
+// The arguments of a call. Plain: e, z and the log decay g as given, or e = beta k and z = beta value for the strength
+// beta. Core: the same from the logits of beta, with k normalised, and g from the gate's logits.
 struct Source {
   Rows q, k, e, value, gate, beta;
   const float* A_log;    // [HV], or null
   const float* dt_bias;  // [HV, K], or null
   int64_t H, HV, K, V;
-  int64_t erase_heads;  // H or HV; 0: nothing is erased (plain only)
+  int64_t erase_heads;  // H or HV; 0: there is no e
   bool core;
   bool scalar_decay;  // gate is [tokens, HV]
   bool pre;           // the erase key reads before the decay
   bool bounded;       // g = lower_bound sigmoid(exp(A_log) u), else -exp(A_log) softplus(u); u = logits + dt_bias
   float lower_bound, beta_scale, scale;
 
-  bool erases() const { return core || erase_heads > 0; }
+  bool weighs() const { return beta.data != nullptr; }
+  bool erases() const { return weighs() || erase_heads > 0; }
   int64_t key_head(int64_t head) const { return head / (HV / H); }
 };
 
@@ -50,16 +51,17 @@ struct Source {
 enum TypeBit : int64_t { kTypeQ = 0, kTypeK, kTypeE, kTypeValue, kTypeGate, kTypeBeta };
 KL_INLINE DType type_of(int64_t types, TypeBit bit) { return (types >> bit) & 1 ? kBFloat16 : kFloat32; }
 
-// The source of `delta_rule`: e null where nothing is erased.
-inline Source plain_source(const void* q, const void* k, const void* e, const void* z, const void* g, int64_t types,
-                           int64_t H, int64_t HV, int64_t K, int64_t V, int64_t erase_heads, bool scalar_decay,
-                           bool pre, double scale) {
+// The source of `delta_rule`. beta null: e and z as given, e null where nothing is erased; else e is null.
+inline Source plain_source(const void* q, const void* k, const void* e, const void* z, const void* g, const void* beta,
+                           int64_t types, int64_t H, int64_t HV, int64_t K, int64_t V, int64_t erase_heads,
+                           bool scalar_decay, bool pre, double scale) {
   Source source{};
   source.q = {q, type_of(types, kTypeQ)};
   source.k = {k, type_of(types, kTypeK)};
   source.e = {e, type_of(types, kTypeE)};
   source.value = {z, type_of(types, kTypeValue)};
   source.gate = {g, type_of(types, kTypeGate)};
+  source.beta = {beta, type_of(types, kTypeBeta)};
   source.H = H, source.HV = HV, source.K = K, source.V = V;
   source.erase_heads = e ? erase_heads : 0;
   source.scalar_decay = scalar_decay;
@@ -72,8 +74,7 @@ inline Source plain_source(const void* q, const void* k, const void* e, const vo
 inline Source core_source(const void* q, const void* k, const void* v, const void* gate, const void* beta,
                           const float* A_log, const float* dt_bias, int64_t types, int64_t H, int64_t HV, int64_t K,
                           int64_t V, double lower_bound, double beta_scale, double scale) {
-  Source source = plain_source(q, k, nullptr, v, gate, types, H, HV, K, V, 0, false, false, scale);
-  source.beta = {beta, type_of(types, kTypeBeta)};
+  Source source = plain_source(q, k, nullptr, v, gate, beta, types, H, HV, K, V, 0, false, false, scale);
   source.A_log = A_log;
   source.dt_bias = dt_bias;
   source.core = true;
@@ -214,7 +215,7 @@ struct Terms {
   // What only the backward needs; null: not wanted.
   float* log_decay;  // g; zero in neutral rows
   float* logits;     // u (core)
-  float strength[kChunk] = {};           // core: beta_scale sigmoid(beta); else 1. Neutral rows: 0
+  float strength[kChunk] = {};           // b in e = b k, z = b value; 1 where these are given. Neutral rows: 0
   float q_root[kChunk] = {}, k_root[kChunk] = {};  // core: 1 / sqrt(sum x^2 + eps); else 1
 };
 
@@ -345,11 +346,15 @@ inline void load_plain_row(const Source& source, int64_t token, int64_t head, in
   const int64_t key_head = source.key_head(head), key_row = token * source.H + key_head, row = token * source.HV + head;
   with_row(source.q, key_row, K, [&](auto* x) { load_scaled(x, K, source.scale, terms.q + at); });
   with_row(source.k, key_row, K, [&](auto* x) { load_scaled(x, K, 1.0f, terms.k + at); });
-  if (source.erases()) {
+  const float strength = source.weighs() ? load_one(source.beta, row) : 1.0f;
+  if (source.weighs()) {
+    load_scaled(terms.k + at, padded(K), strength, terms.e + at);
+  } else if (source.erases()) {
     const int64_t erase_row = source.erase_heads == source.HV ? row : token * source.erase_heads + key_head;
     with_row(source.e, erase_row, K, [&](auto* x) { load_scaled(x, K, 1.0f, terms.e + at); });
   }
-  terms.strength[r] = terms.q_root[r] = terms.k_root[r] = 1.0f;
+  terms.strength[r] = strength;
+  terms.q_root[r] = terms.k_root[r] = 1.0f;
   float* log_decay = row_or_null(terms.log_decay, at);
   if (source.scalar_decay) {
     const float g = load_one(source.gate, row);
@@ -395,7 +400,7 @@ class Fetch {
     add(source.q, key_row, source.H, source.K);
     add(source.k, key_row, source.H, source.K);
     add(source.gate, row, source.HV, source.scalar_decay ? 1 : source.K);
-    if (!source.core && source.erase_heads == source.HV) add(source.e, row, source.HV, source.K);
+    if (source.erase_heads == source.HV) add(source.e, row, source.HV, source.K);
     add(source.value, row, source.HV, source.V);
     if (output) add(Rows{output, source.value.type}, row, source.HV, source.V);
     per_step_ = ceil_div(count_ * rows_, std::max<int64_t>(steps, 1));

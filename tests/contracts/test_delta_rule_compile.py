@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kimi_linear.ops import delta_rule_decode, kda_core_decode
 from kimi_linear.ops.delta_rule import chunk, core_chunk, decode, reference
-from kimi_linear.ops.delta_rule.specs import CoreCase, DeltaRuleCase
+from kimi_linear.ops.delta_rule.specs import CoreCase, DeltaRuleCase, KdaCase
 from support import ops
 from support.delta_rule import BACKENDS, KINDS, call, draw
 
@@ -19,6 +19,11 @@ CASES = {
         "dense": DeltaRuleCase(name="dense", T=5, HV=4, **SMALL),
         "packed": DeltaRuleCase(name="packed", lengths=(3, 0, 2), erase="key", read="pre", **SMALL),
         "bare": DeltaRuleCase(erase="none", scalar_decay=True, **BARE),
+    },
+    "kda": {
+        "dense": KdaCase(name="dense", T=5, HV=4, **SMALL),
+        "packed": KdaCase(name="packed", lengths=(3, 0, 2), **SMALL),
+        "bare": KdaCase(scalar_decay=True, **BARE),
     },
     "kda_core": {
         "dense": CoreCase(name="dense", T=5, HV=4, **SMALL),
@@ -95,10 +100,9 @@ def test_compiles_whole_forward_and_backward(op, backend, kind) -> None:
     ops.assert_compiles_whole(lambda **x: call(op, x, backend), draw(CASES[op][kind]))
 
 
-@pytest.mark.parametrize("op", CASES)
-def test_decode_compiles_whole_and_updates_the_pool(op) -> None:
+@pytest.mark.parametrize(("op", "function"), [("delta_rule", delta_rule_decode), ("kda_core", kda_core_decode)])
+def test_decode_compiles_whole_and_updates_the_pool(op, function) -> None:
     torch.compiler.reset()
-    function = {"delta_rule": delta_rule_decode, "kda_core": kda_core_decode}[op]
     inputs, slots = token(op), torch.tensor([2, 0])
     pool = torch.randn(3, 4, 3, 2)
     plain = pool.clone()

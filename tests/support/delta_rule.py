@@ -7,36 +7,51 @@ import torch
 from torch import Tensor
 
 from kimi_linear.base.numerics import relative_error, tolerance
-from kimi_linear.ops import delta_rule, kda_core
+from kimi_linear.ops import delta_rule, gated_delta_rule, kda, kda_core
 from kimi_linear.ops.delta_rule.specs import (
     CORE_CASES,
     DELTA_RULE_CASES,
+    KDA_CASES,
     CoreCase,
     DeltaRuleCase,
+    KdaCase,
     make_core_inputs,
     make_inputs,
+    make_kda_inputs,
 )
 from support import ops
 
-FUNCTIONS = {"delta_rule": delta_rule, "kda_core": kda_core}
-CASES: dict[str, dict[str, Any]] = {"delta_rule": DELTA_RULE_CASES, "kda_core": CORE_CASES}
-KINDS = {"delta_rule": DeltaRuleCase, "kda_core": CoreCase}
+
+def weighed(log_decay: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Run the front with a strength beta: `gated_delta_rule` for a decay a head, else `kda`."""
+    front = gated_delta_rule if log_decay.dim() == 3 else kda
+    return front(log_decay=log_decay, **inputs)
+
+
+FUNCTIONS = {"delta_rule": delta_rule, "kda": weighed, "kda_core": kda_core}
+CASES: dict[str, dict[str, Any]] = {"delta_rule": DELTA_RULE_CASES, "kda": KDA_CASES, "kda_core": CORE_CASES}
+KINDS = {"delta_rule": DeltaRuleCase, "kda": KdaCase, "kda_core": CoreCase}
+# Under what name a function's backends are registered.
+REGISTERED = {"delta_rule": "delta_rule", "kda": "delta_rule", "kda_core": "kda_core"}
 # Arguments with a token axis, and parameters, whose gradients are sums over all tokens.
 TOKENS = {
     "delta_rule": ("q", "k", "erase_key", "write_value", "log_decay"),
+    "kda": ("q", "k", "v", "log_decay", "beta"),
     "kda_core": ("q", "k", "v", "gate", "beta"),
 }
-PARAMETERS: dict[str, tuple[str, ...]] = {"delta_rule": (), "kda_core": ("A_log", "dt_bias")}
+PARAMETERS: dict[str, tuple[str, ...]] = {"delta_rule": (), "kda": (), "kda_core": ("A_log", "dt_bias")}
 GATE_GRADIENTS = ("log_decay", "gate", "beta", "A_log", "dt_bias")
-BACKENDS = [(op, backend) for op in FUNCTIONS for backend in ops.backends(op)]
-BACKEND_DTYPES = [(op, backend, dtype) for op in FUNCTIONS for backend, dtype in ops.backend_dtypes(op)]
+BACKENDS = [(op, backend) for op in FUNCTIONS for backend in ops.backends(REGISTERED[op])]
+BACKEND_DTYPES = [
+    (op, backend, dtype) for op, name in REGISTERED.items() for backend, dtype in ops.backend_dtypes(name)
+]
 
 Inputs = dict[str, Any]
 
 
 def widest(op: str, backend: str) -> torch.dtype:
     """Return the most precise dtype a backend runs."""
-    return torch.float64 if backend in ops.backends(op, torch.float64) else torch.float32
+    return torch.float64 if backend in ops.backends(REGISTERED[op], torch.float64) else torch.float32
 
 
 def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -47,7 +62,9 @@ def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 
 def draw(case: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
     """Return the keyword arguments of a case's call."""
-    return make_inputs(case, dtype, seed) if isinstance(case, DeltaRuleCase) else make_core_inputs(case, dtype, seed)
+    if isinstance(case, CoreCase):
+        return make_core_inputs(case, dtype, seed)
+    return (make_inputs if isinstance(case, DeltaRuleCase) else make_kda_inputs)(case, dtype, seed)
 
 
 def call(op: str, inputs: Inputs, backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,17 @@ from support.delta_rule import KINDS, TOKENS, assert_close, call, draw, errors, 
 
 pytestmark = pytest.mark.skipif(native.active_level() is None, reason=str(native.why_unavailable()))
 SMALL: dict[str, Any] = {"K": 3, "V": 2}
+DECODE = [("delta_rule", delta_rule_decode), ("kda_core", kda_core_decode)]
 each_op = pytest.mark.parametrize("op", KINDS)
 kinds = pytest.mark.parametrize("kind", ["dense", "packed", "bare"])
 
 
 def case_of(op: str, kind: str) -> Any:
-    bare = {"erase": "none", "scalar_decay": True} if op == "delta_rule" else {"lower_bound": -5.0, "has_rate": False}
+    bare = {
+        "delta_rule": {"erase": "none", "scalar_decay": True},
+        "kda": {"scalar_decay": True},
+        "kda_core": {"lower_bound": -5.0, "has_rate": False},
+    }[op]
     shapes: dict[str, dict[str, Any]] = {
         "dense": {"T": 5, "HV": 4},
         "packed": {"lengths": (3, 0, 2)},
@@ -28,19 +33,30 @@ def case_of(op: str, kind: str) -> Any:
     return KINDS[op](name=kind, **SMALL, **shapes[kind])
 
 
+FORWARD = {"delta_rule": cpu.delta_rule_cpu, "kda": cpu.delta_rule_cpu, "kda_core": cpu.kda_core_cpu}
+BACKWARD = {
+    "delta_rule": cpu_backward.delta_rule_cpu_backward,
+    "kda": cpu_backward.delta_rule_cpu_backward,
+    "kda_core": cpu_backward.kda_core_cpu_backward,
+}
+
+
 def positional(op: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the custom operator's own argument list."""
     given = {**inputs, "scale": 0.5}
     if op == "kda_core":
-        given["allow_neg_eigval"] = 1.0
-    return tuple(given.values())
+        return tuple({**given, "allow_neg_eigval": 1.0}.values())
+    if op == "delta_rule":
+        return (*given.values(), None)
+    q, k, v, log_decay, beta, scale, initial_state, cu_seqlens = given.values()
+    return q, k, None, v, log_decay, scale, initial_state, cu_seqlens, "post", beta
 
 
 @kinds
 @each_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_and_backward_pass_opcheck(op, kind, dtype) -> None:
-    forward = {"delta_rule": cpu.delta_rule_cpu, "kda_core": cpu.kda_core_cpu}[op]
-    backward = {"delta_rule": cpu_backward.delta_rule_cpu_backward, "kda_core": cpu_backward.kda_core_cpu_backward}[op]
+    forward, backward = FORWARD[op], BACKWARD[op]
     arguments = positional(op, draw(case_of(op, kind), dtype))
     ops.opcheck(forward, *ops.requiring_grad(*arguments), True)
     ops.opcheck(forward, *arguments, False)
@@ -48,7 +64,7 @@ def test_forward_and_backward_pass_opcheck(op, kind, dtype) -> None:
     ops.opcheck(backward, *ops.cotangents([o, final]), *arguments, kept)
 
 
-@each_op
+@pytest.mark.parametrize("op", ["delta_rule", "kda_core"])
 @pytest.mark.parametrize("slots", [[2, 0], [1, 2], [-1, 1]])
 def test_decode_passes_opcheck(op, slots) -> None:
     inputs = draw(KINDS[op](name="token", T=1, B=2, HV=4, **SMALL))
@@ -109,7 +125,7 @@ def test_a_prompt_split_between_chunks_has_the_bits_of_the_whole(op, dtype, t) -
 @each_op
 def test_the_kept_states_are_those_that_enter_the_segments(op) -> None:
     L = cpu.SEGMENT
-    forward = {"delta_rule": cpu.delta_rule_cpu, "kda_core": cpu.kda_core_cpu}[op]
+    forward = FORWARD[op]
     lengths = (2 * L + 1, 0, L, 3)
     inputs = draw(KINDS[op](name="kept", lengths=lengths, **SMALL))
     _, _, kept = forward(*positional(op, inputs), True)
@@ -136,13 +152,12 @@ def test_every_tensor_may_have_its_own_dtype(op, one, other, parity) -> None:
     for i, name in enumerate(TOKENS[op]):
         inputs[name] = inputs[name].to(one if i % 2 == parity or name == "q" else other)
     found = run(op, inputs, "cpu")
-    assert found["o"].dtype == inputs[TOKENS[op][3 if op == "delta_rule" else 2]].dtype
+    assert found["o"].dtype == inputs["write_value" if op == "delta_rule" else "v"].dtype
     assert errors(found, reference(op, inputs, found), torch.bfloat16) == {}
 
 
-@each_op
-def test_a_decoded_token_does_not_depend_on_the_number_of_threads(op) -> None:
-    decode = {"delta_rule": delta_rule_decode, "kda_core": kda_core_decode}[op]
+@pytest.mark.parametrize(("op", "decode"), DECODE)
+def test_a_decoded_token_does_not_depend_on_the_number_of_threads(op, decode) -> None:
     inputs = draw(KINDS[op](name="token", T=1, H=1, K=40, V=112))
     others = {n: x for n, x in inputs.items() if n not in (*TOKENS[op], "initial_state", "cu_seqlens")}
     now = {n: inputs[n][:, 0] for n in TOKENS[op]}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kimi_linear.ops import native
-from kimi_linear.ops.delta_rule.specs import CoreCase, DeltaRuleCase
+from kimi_linear.ops.delta_rule.specs import CoreCase, DeltaRuleCase, KdaCase
 from support import ops
 from support.delta_rule import PARAMETERS, TOKENS, draw, errors, reference, run
 
@@ -20,14 +20,16 @@ LENGTHS = (255, 3, 0, 600, 257)
 SIZES = {"H": 2, "K": 20, "V": 12}
 PACKED = {
     "delta_rule": DeltaRuleCase(name="packed", lengths=LENGTHS, HV=4, **SIZES),
+    "kda": KdaCase(name="packed", lengths=LENGTHS, HV=4, **SIZES),
     "kda_core": CoreCase(name="packed", lengths=LENGTHS, HV=4, **SIZES),
 }
 WIDE = {
     "delta_rule": DeltaRuleCase(name="wide", T=530, H=1, K=64, V=96, keys="correlated", beta=1.0),
+    "kda": KdaCase(name="wide", T=530, H=1, K=64, V=96, keys="correlated", beta=1.0),
     "kda_core": CoreCase(name="wide", T=530, H=1, K=64, V=96),
 }
 DTYPES = (torch.float32, torch.bfloat16)
-each_op = pytest.mark.parametrize("op", ["delta_rule", "kda_core"])
+each_op = pytest.mark.parametrize("op", PACKED)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The delta rule for many tokens, and for one token in place: check the call, choose a backend, run it."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,16 +20,31 @@ from kimi_linear.ops.checks import (
 
 # cpu_backward gives the operators of cpu their gradients.
 from kimi_linear.ops.delta_rule import chunk, cpu, cpu_backward, cpu_decode, decode, reference  # noqa: F401
-from kimi_linear.ops.delta_rule.layout import wide_dtype
+from kimi_linear.ops.delta_rule.layout import weighed, wide_dtype
 from kimi_linear.ops.registry import Backend, Call, define
 
 Read = Literal["post", "pre"]
 
+
+def _weighed(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a backend that takes a strength beta too: erase key beta k, write value times beta, formed beforehand."""
+
+    def run_weighed(
+        q: Tensor, k: Tensor, erase_key: Tensor | None, value: Tensor, log_decay: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        *others, beta = rest
+        if beta is not None:
+            erase_key, value = weighed(k, beta), weighed(value, beta)
+        return run(q, k, erase_key, value, log_decay, *others)
+
+    return run_weighed
+
+
 DELTA_RULE = define(
     "delta_rule",
     Backend("cpu", cpu.run_delta_rule, native.refuse, "native chunks of 16 tokens"),
-    Backend("chunk", chunk.delta_rule_chunk, lambda call: [], "tiled chunks in plain PyTorch, any device"),
-    Backend("reference", reference.delta_rule_reference, lambda call: [], "token by token, for checking"),
+    Backend("chunk", _weighed(chunk.delta_rule_chunk), lambda call: [], "tiled chunks in plain PyTorch, any device"),
+    Backend("reference", _weighed(reference.delta_rule_reference), lambda call: [], "token by token, for checking"),
 )
 DELTA_RULE_DECODE = define(
     "delta_rule_decode",
@@ -95,11 +111,28 @@ def delta_rule(
     """
     check_inputs("delta_rule", q, k, erase_key, write_value, log_decay, initial_state, cu_seqlens)
     check_read("delta_rule", read)
+    return apply(q, k, erase_key, write_value, log_decay, None, scale, initial_state, cu_seqlens, read, backend)
+
+
+def apply(
+    q: Tensor,
+    k: Tensor,
+    erase_key: Tensor | None,
+    value: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    read: Read,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Run `delta_rule` on checked arguments; with beta [B, T, HV] the erase key is beta k, the write value beta value."""
     check_values("delta_rule", log_decay)
-    call = describe("delta_rule", q, k, erase_key, write_value, log_decay, initial_state, cu_seqlens, read)
+    call = describe("delta_rule", q, k, erase_key, value, log_decay, beta, initial_state, cu_seqlens, read)
     run = DELTA_RULE.choose(call, backend).run
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, final_state = run(q, k, erase_key, write_value, log_decay, scale, initial_state, cu_seqlens, read)
+    o, final_state = run(q, k, erase_key, value, log_decay, scale, initial_state, cu_seqlens, read, beta)
     return o, final_state
 
 
@@ -249,26 +282,27 @@ def describe(
     q: Tensor,
     k: Tensor,
     erase_key: Tensor | None,
-    write_value: Tensor,
+    value: Tensor,
     log_decay: Tensor,
+    beta: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     read: str,
 ) -> Call:
     """Describe a call to the registry."""
     B, T, H, K = q.shape
-    HV, V = write_value.shape[2:]
+    HV, V = value.shape[2:]
     features = [
         name
         for name, present in (
             ("packed", cu_seqlens is not None),
             ("scalar_decay", log_decay.dim() == 3),
-            ("no_erase", erase_key is None),
+            ("no_erase", erase_key is None and beta is None),
             ("pre_read", read == "pre"),
             ("initial_state", initial_state is not None),
         )
         if present
     ]
     sizes = {"B": B, "T": T, "H": H, "HV": HV, "K": K, "V": V}
-    tensors = (k, erase_key, write_value, log_decay, initial_state)
+    tensors = (k, erase_key, value, log_decay, beta, initial_state)
     return describe_call(q, *tensors, sizes=sizes, features=features)

@@ -24,6 +24,11 @@ def plain(x: Tensor) -> Tensor:
     return (x if x.dtype in _NATIVE_DTYPES else x.float()).contiguous()
 
 
+def plain_or_none(x: Tensor | None) -> Tensor | None:
+    """Return `plain` of a tensor that may be missing."""
+    return None if x is None else plain(x)
+
+
 def plain_float(x: Tensor | None) -> Tensor | None:
     """Return a parameter or a state as the kernels take it: contiguous float32."""
     return None if x is None else x.float().contiguous()
@@ -73,28 +78,33 @@ def delta_rule_cpu(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     read: str,
+    beta: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (o, final states, boundaries); keep: these are wanted. See `kimi_linear.ops.delta_rule.delta_rule`."""
+    """Return (o, final states, boundaries); keep: these are wanted. See `kimi_linear.ops.delta_rule.delta_rule`.
+
+    With beta [B, T, HV], and no erase key, this is beta k, and write_value is taken times beta; both row by row.
+    """
     q, k, z, g = plain(q), plain(k), plain(write_value), plain(log_decay)
-    e = None if erase_key is None else plain(erase_key)
+    e, beta = plain_or_none(erase_key), plain_or_none(beta)
     B, T, H, K = q.shape
     HV, V = z.shape[2:]
     offsets, N, segments = sequences(cu_seqlens, B, T)
     bound = segment_bound(cu_seqlens, B, T) if keep else 0
     o, final, boundaries = _results(z, (N, HV, K), segments, bound)
-    native.kernel("delta_rule_forward", "ppppppppppiiiiiiiiiif")(
+    native.kernel("delta_rule_forward", "pppppppppppiiiiiiiiiif")(
         q,
         k,
         e,
         z,
         g,
+        beta,
         plain_float(initial_state),
         offsets,
         o,
         final,
         boundaries if keep else None,
-        type_word(q, k, e, z, g),
+        type_word(q, k, e, z, g, beta),
         N,
         T,
         H,
@@ -171,6 +181,7 @@ def _fake_delta_rule(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     read: str,
+    beta: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_results(q, write_value, cu_seqlens, keep)
@@ -218,10 +229,13 @@ def run_delta_rule(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     read: str,
+    beta: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Run `delta_rule_cpu`, keeping the boundaries where a gradient is needed."""
-    keep = _needs_grad(q, k, erase_key, write_value, log_decay, initial_state)
-    o, final, _ = delta_rule_cpu(q, k, erase_key, write_value, log_decay, scale, initial_state, cu_seqlens, read, keep)
+    keep = _needs_grad(q, k, erase_key, write_value, log_decay, initial_state, beta)
+    o, final, _ = delta_rule_cpu(
+        q, k, erase_key, write_value, log_decay, scale, initial_state, cu_seqlens, read, beta, keep
+    )
     return o, final
 
 

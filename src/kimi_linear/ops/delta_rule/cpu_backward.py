@@ -29,6 +29,10 @@ def _code(x: Tensor) -> int:
     return _BFLOAT16 if x.dtype == torch.bfloat16 else _FLOAT32
 
 
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x
+
+
 def _target(x: Tensor, HV: int) -> Tensor:
     """Return where the kernel writes the gradient of x [B, T, heads, K]: like x, or a row for every value head."""
     B, T, heads, K = x.shape
@@ -61,17 +65,18 @@ def delta_rule_cpu_backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     read: str,
+    beta: Tensor | None,
     boundaries: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of (q, k, erase_key or empty, write_value, log_decay, initial state)."""
-    given = (q, k, q.new_empty(0) if erase_key is None else erase_key, write_value, log_decay)
-    q, k, e, z, g = (plain(x) for x in given)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of (q, k, erase_key or empty, write_value, log_decay, initial state, beta or empty)."""
+    given = (q, k, _or_empty(erase_key, q), write_value, log_decay, _or_empty(beta, q))
+    q, k, e, z, g, b = (plain(x) for x in given)
     (B, T, H, K), (HV, V) = q.shape, z.shape[2:]
     offsets, N, _ = sequences(cu_seqlens, B, T)
-    d_q, d_k, d_z, d_g = _target(q, HV), _target(k, HV), torch.empty_like(z), torch.empty_like(g)
+    d_q, d_k, d_z, d_g, d_b = _target(q, HV), _target(k, HV), *(torch.empty_like(x) for x in (z, g, b))
     d_e = torch.empty_like(e) if erase_key is None else _target(e, HV)
     d_initial = torch.empty(N, HV, K, V)
-    native.kernel("delta_rule_backward", "pppppppppppppppiiiiiiiiiiif")(
+    native.kernel("delta_rule_backward", "pppppppppppppppppiiiiiiiiiiif")(
         d_o.to(z.dtype).contiguous(),
         plain_float(d_final),
         q,
@@ -79,6 +84,7 @@ def delta_rule_cpu_backward(
         e,
         z,
         g,
+        None if beta is None else b,
         boundaries,
         offsets,
         d_q,
@@ -86,8 +92,9 @@ def delta_rule_cpu_backward(
         d_e,
         d_z,
         d_g,
+        d_b,
         d_initial,
-        type_word(q, k, e, z, g),
+        type_word(q, k, e, z, g, b),
         type_word(d_q, d_k, d_e),
         N,
         T,
@@ -102,8 +109,8 @@ def delta_rule_cpu_backward(
     )
     d_q, d_k = _group_sum(d_q, q, False), _group_sum(d_k, k, False)
     d_e = d_e if erase_key is None else _group_sum(d_e, e, False)
-    found = [d_x.to(x.dtype) for d_x, x in zip((d_q, d_k, d_e, d_z, d_g), given, strict=True)]
-    return found[0], found[1], found[2], found[3], found[4], d_initial
+    found = [d_x.to(x.dtype) for d_x, x in zip((d_q, d_k, d_e, d_z, d_g, d_b), given, strict=True)]
+    return found[0], found[1], found[2], found[3], found[4], d_initial, found[5]
 
 
 @torch.library.custom_op("kimi_linear::kda_core_cpu_backward", mutates_args=())
@@ -162,7 +169,24 @@ def kda_core_cpu_backward(
     )
 
 
-delta_rule_cpu_backward.register_fake(fake_backward)
+@delta_rule_cpu_backward.register_fake
+def _fake_backward(
+    d_o: Tensor,
+    d_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    erase_key: Tensor | None,
+    write_value: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    read: str,
+    beta: Tensor | None,
+    boundaries: Tensor,
+) -> tuple[Tensor, ...]:
+    found = fake_backward(d_o, d_final, q, k, erase_key, write_value, log_decay)
+    return *found, torch.empty_like(_or_empty(beta, q), memory_format=torch.contiguous_format)
 
 
 @kda_core_cpu_backward.register_fake
@@ -193,10 +217,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _delta_rule_formula(ctx: Any, d_o: Tensor, d_final: Tensor, _: Tensor) -> tuple[Any, ...]:
     inputs = saved_inputs(ctx)
-    d_q, d_k, d_e, d_z, d_g, d_state = delta_rule_cpu_backward(d_o, d_final, *inputs)
-    erase, initial = inputs[2], inputs[6]
-    d_erase, d_initial = None if erase is None else d_e, None if initial is None else d_state
-    return d_q, d_k, d_erase, d_z, d_g, None, d_initial, None, None, None
+    d_q, d_k, d_e, d_z, d_g, d_state, d_b = delta_rule_cpu_backward(d_o, d_final, *inputs)
+    erase, initial, beta = inputs[2], inputs[6], inputs[9]
+    d_erase, d_initial, d_beta = (
+        None if x is None else d_x for x, d_x in ((erase, d_e), (initial, d_state), (beta, d_b))
+    )
+    return d_q, d_k, d_erase, d_z, d_g, None, d_initial, None, None, d_beta, None
 
 
 def _kda_core_formula(ctx: Any, d_o: Tensor, d_final: Tensor, _: Tensor) -> tuple[Any, ...]:

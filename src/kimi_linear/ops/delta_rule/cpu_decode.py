@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kimi_linear.ops import native
 from kimi_linear.ops.checks import check_slots_values
-from kimi_linear.ops.delta_rule.cpu import plain, plain_float, type_word
+from kimi_linear.ops.delta_rule.cpu import plain, plain_float, plain_or_none, type_word
 
 
 def _on_pool(run: Callable[[Tensor, Tensor], None], pool: Tensor, slots: Tensor) -> None:
@@ -38,7 +38,7 @@ def delta_rule_decode_cpu(
 ) -> Tensor:
     """Advance one token; see `kimi_linear.ops.delta_rule.delta_rule_decode`."""
     q, k, z, g = plain(q), plain(k), plain(write_value), plain(log_decay)
-    e = None if erase_key is None else plain(erase_key)
+    e = plain_or_none(erase_key)
     (N, H, K), (HV, V) = q.shape, z.shape[1:]
     o = torch.empty_like(z)
     kernel = native.kernel("delta_rule_decode", "ppppppppiiiiiiiiiiif")

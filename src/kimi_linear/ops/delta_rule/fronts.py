@@ -1,4 +1,4 @@
-"""The named members of the family: each forms the erase key, the write value and the decay, and calls `delta_rule`.
+"""The named members of the family: each says what erase key, write value and decay are, and calls `delta_rule`.
 
 Products with a gate are taken in float32 (float64 for float64 inputs) and handed on unrounded.
 """
@@ -7,15 +7,16 @@ from torch import Tensor
 
 from kimi_linear.base.errors import ShapeError
 from kimi_linear.ops.checks import expect_floating, expect_same_device, expect_shape
-from kimi_linear.ops.delta_rule.api import Read, check_inputs, check_pool, check_read, delta_rule, delta_rule_decode
-from kimi_linear.ops.delta_rule.layout import expand_heads, wide_dtype
-
-
-def _gated(x: Tensor, gate: Tensor) -> Tensor:
-    """Return gate * x in the wide dtype, the heads of x expanded to the gate's; a gate a head gains a last axis."""
-    dtype, dim = wide_dtype(x.dtype), x.dim() - 2
-    gate = gate if gate.dim() == x.dim() else gate.unsqueeze(-1)
-    return expand_heads(x, gate.shape[dim], dim).to(dtype) * gate.to(dtype)
+from kimi_linear.ops.delta_rule.api import (
+    Read,
+    apply,
+    check_inputs,
+    check_pool,
+    check_read,
+    delta_rule,
+    delta_rule_decode,
+)
+from kimi_linear.ops.delta_rule.layout import weighed
 
 
 def _check(
@@ -81,7 +82,7 @@ def kda(
     Raises:
         ShapeError, DtypeError, DeviceError, BackendError: As for `delta_rule`.
 
-    Cost: that of `delta_rule`, and beta k and beta v in float32.
+    Cost: that of `delta_rule`; the backends but `cpu` form beta k and beta v first, in float32.
 
     Example:
         >>> import torch
@@ -92,17 +93,7 @@ def kda(
     """
     _check("kda", q, k, v, log_decay, initial_state, cu_seqlens, scalar=False)
     _check_strength("kda", "beta", beta, v)
-    o, state = delta_rule(
-        q,
-        k,
-        _gated(k, beta),
-        _gated(v, beta),
-        log_decay,
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        backend=backend,
-    )
+    o, state = apply(q, k, None, v, log_decay, beta, scale, initial_state, cu_seqlens, "post", backend)
     return o.to(v.dtype), state
 
 
@@ -132,17 +123,7 @@ def gated_delta_rule(
     """
     _check("gated_delta_rule", q, k, v, log_decay, initial_state, cu_seqlens, scalar=True)
     _check_strength("gated_delta_rule", "beta", beta, v)
-    o, state = delta_rule(
-        q,
-        k,
-        _gated(k, beta),
-        _gated(v, beta),
-        log_decay,
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        backend=backend,
-    )
+    o, state = apply(q, k, None, v, log_decay, beta, scale, initial_state, cu_seqlens, "post", backend)
     return o.to(v.dtype), state
 
 
@@ -189,7 +170,9 @@ def gated_delta_rule_decode(
     check_inputs(op, q, k, None, v, log_decay, None, None, lead="N", value="v")
     _check_strength(op, "beta", beta, v, "N, HV")
     check_pool(op, q, v, pool, slots)
-    o = delta_rule_decode(q, k, _gated(k, beta), _gated(v, beta), log_decay, pool, slots, scale=scale, backend=backend)
+    o = delta_rule_decode(
+        q, k, weighed(k, beta), weighed(v, beta), log_decay, pool, slots, scale=scale, backend=backend
+    )
     return o.to(v.dtype)
 
 
@@ -243,8 +226,8 @@ def gdn2(
     o, state = delta_rule(
         q,
         k,
-        _gated(k, erase_gate),
-        _gated(v, write_gate),
+        weighed(k, erase_gate),
+        weighed(v, write_gate),
         log_decay,
         scale=scale,
         initial_state=initial_state,
@@ -304,8 +287,8 @@ def comba(
     o, state = delta_rule(
         q,
         k,
-        _gated(k, erase_strength),
-        _gated(v, beta),
+        weighed(k, erase_strength),
+        weighed(v, beta),
         log_decay,
         scale=scale,
         initial_state=initial_state,

@@ -196,3 +196,10 @@ def _packed_tiles(starts: Tensor, lengths: Tensor, chunk: int, rows: int, device
         index = starts[who][:, None] + within.minimum(limits - 1)
         yield PackedTile(active[wave:end], index.to(device), (within < limits).to(device))
         wave = end
+
+
+def weighed(x: Tensor, strength: Tensor) -> Tensor:
+    """Return strength * x in the wide dtype, the heads of x expanded; a strength a head gains a last axis."""
+    dtype, dim = wide_dtype(x.dtype), x.dim() - 2
+    strength = strength if strength.dim() == x.dim() else strength.unsqueeze(-1)
+    return expand_heads(x, strength.shape[dim], dim).to(dtype) * strength.to(dtype)

@@ -1,7 +1,8 @@
 """Named cases that tests and benchmarks share: what a call looks like, and how its inputs are drawn.
 
-The cases are plain values; `make_inputs` draws the keyword arguments of `delta_rule`, `make_core_inputs` those of
-`kda_core`. Both draw in float64 and round once, so that one case has the same values in every dtype, up to rounding.
+The cases are plain values; `make_inputs` draws the keyword arguments of `delta_rule`, `make_kda_inputs` those of `kda`
+and `gated_delta_rule`, `make_core_inputs` those of `kda_core`. All draw in float64 and round once, so that one case has
+the same values in every dtype, up to rounding.
 Letters as in api.py.
 """
 
@@ -55,18 +56,24 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaRuleCase(Shape):
+class KdaCase(Shape):
+    """One call of `kda`, or with a scalar decay of `gated_delta_rule`."""
+
+    scalar_decay: bool = False
+    gate: str = "medium"
+    keys: str = "gaussian"
+    # The strength of every token; None: drawn, or for `delta_rule` none, erase key and write value being free.
+    beta: float | None = None
+    state_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaRuleCase(KdaCase):
     """One call of `delta_rule`."""
 
     # "key": [B, T, H, K]; "value": [B, T, HV, K]; "none": nothing is erased.
     erase: str = "value"
-    scalar_decay: bool = False
     read: str = "post"
-    gate: str = "medium"
-    keys: str = "gaussian"
-    # erase_key = beta k and write_value = beta v with this beta; None: erase key and write value are free.
-    beta: float | None = None
-    state_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +116,27 @@ def make_inputs(case: DeltaRuleCase, dtype: torch.dtype, seed: int = 0, device: 
         "initial_state": state.to(device, wide) if case.initial_state else None,
         "cu_seqlens": _offsets(case, device),
         "read": case.read,
+    }
+
+
+def make_kda_inputs(case: KdaCase, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
+    """Return the keyword arguments of `kda` or `gated_delta_rule`; the decay is float32 beside narrower dtypes."""
+    draw = _Draw(seed)
+    B, T, H, HV, K, V = case.B, case.tokens, case.H, case.value_heads, case.K, case.V
+    q, k = F.normalize(draw(B, T, H, K), dim=-1), _keys(draw, case.keys, (B, T, H, K))
+    v, beta = draw(B, T, HV, V), draw.uniform(B, T, HV)
+    g = _log_decay(draw, case.gate, (B, T, HV) if case.scalar_decay else (B, T, HV, K))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    state = draw(case.sequences, HV, K, V) * case.state_scale
+    return {
+        "q": q.to(device, dtype),
+        "k": k.to(device, dtype),
+        "v": v.to(device, dtype),
+        "log_decay": g.to(device, wide),
+        "beta": (beta if case.beta is None else torch.full_like(beta, case.beta)).to(device, dtype),
+        "scale": None,
+        "initial_state": state.to(device, wide) if case.initial_state else None,
+        "cu_seqlens": _offsets(case, device),
     }
 
 
@@ -231,6 +259,24 @@ DELTA_RULE_CASES: dict[str, DeltaRuleCase] = {
         *(DeltaRuleCase(name=f"packed_{name}", lengths=lengths, H=1, HV=2) for name, lengths in PACKED.items()),
         DeltaRuleCase(name="packed_scalar", lengths=PACKED["ragged"], scalar_decay=True, read="pre", erase="key"),
         DeltaRuleCase(name="packed_no_state", lengths=PACKED["empty_middle"], initial_state=False, erase="none"),
+    )
+}
+
+KDA_CASES: dict[str, KdaCase] = {
+    case.name: case
+    for case in (
+        *(KdaCase(name=f"T{T}", T=T) for T in LENGTHS),
+        *(KdaCase(name=f"scalar_T{T}", T=T, scalar_decay=True) for T in (1, 33, 160)),
+        KdaCase(name="grouped_2", HV=4, T=40, B=2),
+        KdaCase(name="grouped_4", H=1, HV=4, T=40, scalar_decay=True),
+        KdaCase(name="no_state", initial_state=False, T=40),
+        KdaCase(name="large_state", state_scale=1e3, T=40),
+        KdaCase(name="K60_V100", K=60, V=100, T=70, H=1),
+        KdaCase(name="K128", K=128, V=128, T=66, H=1, keys="correlated", gate="slow"),
+        *(KdaCase(name=f"gate_{gate}", gate=gate, T=64) for gate in GATES),
+        *(KdaCase(name=f"keys_{keys}", keys=keys, gate="slow", beta=1.0, T=64, K=16) for keys in KEYS),
+        *(KdaCase(name=f"beta_{beta:g}", beta=beta, gate="slow", T=64, K=16) for beta in (0.0, 1.0, 2.0)),
+        *(KdaCase(name=f"packed_{name}", lengths=lengths, H=1, HV=2) for name, lengths in PACKED.items()),
     )
 }
 
