@@ -127,7 +127,7 @@ def apply(
     read: Read,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run `delta_rule` on checked arguments; with beta [B, T, HV] the erase key is beta k, the write value beta value."""
+    """Run `delta_rule` on checked arguments. With beta [B, T, HV]: erase key beta k, write value beta value."""
     check_values("delta_rule", log_decay)
     call = describe("delta_rule", q, k, erase_key, value, log_decay, beta, initial_state, cu_seqlens, read)
     run = DELTA_RULE.choose(call, backend).run
