@@ -5,7 +5,7 @@
 // experts in sorted order, so the result is the same for any number of threads.
 
 #include "engine.h"
-#include "moe.h"
+#include "moe_products.h"
 
 namespace kl::engine {
 namespace {
@@ -42,7 +42,11 @@ void experts_of(const MoeLayer& layer, const X* x, const float* weights, const i
   }
   const Scratch<char> operands(static_cast<size_t>(all * row_bytes(layer.in)));
   const Scratch<char> gated_operands(static_cast<size_t>(all * row_bytes(layer.down)));
-  const Scratch<float> gated(static_cast<size_t>(all * F)), sums(static_cast<size_t>(M * D));
+  const Scratch<float> gated(static_cast<size_t>(all * F));
+  constexpr bool kIsFloat = std::is_same_v<X, float>;
+  const Scratch<float> own_sums(static_cast<size_t>(kIsFloat ? 0 : M * D));
+  float* sums = own_sums;
+  if constexpr (kIsFloat) sums = y;
   const int64_t up_items = ceil_div(ceil_div(F, kTile), kPanels), down_items = ceil_div(ceil_div(D, kTile), kPanels);
   run_team(4, [&](Team& team) {
     team.phase(count, [&](int64_t item) {
@@ -81,24 +85,10 @@ void experts_of(const MoeLayer& layer, const X* x, const float* weights, const i
       for (int64_t i = 0; i < count; ++i) {
         const Block& b = blocks[i];
         const int64_t first = (b.expert * layer.down_rows + begin) / kTile;
+        const moe::Combine<X> combine{rows + b.first, sums, y, D, true};
         linear_rows(layer.down, operands_at(layer.down, gated_operands, b.first), b.rows, first,
                     first + ceil_div(end - begin, kTile), [&](int64_t r, int64_t panel, vf lower, vf upper) {
-                      const moe::Row& of = rows[b.first + r];
-                      const int64_t column = begin + (panel - first) * kTile;
-                      const auto add = [&](int64_t at, vf value) {
-                        if (at >= D) return;
-                        const int lanes = static_cast<int>(std::min<int64_t>(kLanes, D - at));
-                        float* const to = sums + of.token * D + at;
-                        const vf before = of.is_first ? vf{} : load_lanes(to, lanes);
-                        const vf sum = fma(splat(of.weight), value, before);
-                        if (of.is_last) {
-                          store_lanes(y + of.token * D + at, sum, lanes);
-                        } else {
-                          store_lanes(to, sum, lanes);
-                        }
-                      };
-                      add(column, lower);
-                      add(column + kLanes, upper);
+                      combine(r, begin / kTile + panel - first, lower, upper);
                     });
       }
     });

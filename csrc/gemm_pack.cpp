@@ -55,13 +55,6 @@ KL_INLINE vu row_words(const T* row, int64_t word, int64_t k) {
       }
     }
 #endif
-#if KL_HAS_DOT
-    if constexpr (std::is_same_v<T, float>) {
-      if (left >= 2 * kLanes) {
-        return (vu)_mm512_cvtne2ps_pbh((__m512)load(row + first + kLanes), (__m512)load(row + first));
-      }
-    }
-#endif
     bf16 pairs[2 * kLanes] = {};
     if constexpr (std::is_same_v<T, bf16>) {
       if (left >= 2 * kLanes) return load_words(reinterpret_cast<const uint32_t*>(row + first));

@@ -9,15 +9,16 @@ namespace {
 // it are what the threads share.
 template <class X, class Epilogue>
 void multiply(const PackedWeight& w, const X* x, int64_t M, int64_t begin, int64_t end, const Epilogue& epilogue) {
+  if (M == 0 || begin >= end) return;
   const gemm::Matrix<X> rows{x, w.inputs};
-  const int64_t blocks = ceil_div(M, gemm::kRowBlock), height = blocks == 0 ? 0 : ceil_div(M, blocks);
+  const int64_t blocks = ceil_div(M, gemm::kRowBlock), height = ceil_div(M, blocks);
   const int64_t bytes = operand_bytes(w, height);
   const Scratch<std::byte> operands(static_cast<size_t>(round_up(bytes, 64) * blocks));
   parallel_for(blocks, [&](int64_t block) {
     make_operands(w, rows, block * height, std::min(height, M - block * height), operands + block * round_up(bytes, 64));
   });
   const int64_t tasks = num_threads() == 1 ? 1 : 4 * num_threads();
-  const int64_t width = round_up(ceil_div(end - begin, std::max<int64_t>(1, ceil_div(tasks, std::max<int64_t>(1, blocks)))), 4);
+  const int64_t width = round_up(ceil_div(end - begin, ceil_div(tasks, blocks)), 4);
   const int64_t pieces = ceil_div(end - begin, width);
   parallel_for(blocks * pieces, [&](int64_t task) {
     const int64_t block = task / pieces, first = block * height, panel = begin + task % pieces * width;

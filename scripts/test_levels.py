@@ -24,7 +24,7 @@ import build  # noqa: E402  (csrc/build.py)
 # The operators and their contracts: all that reaches a kernel.
 TESTS = ("tests/ops", "tests/contracts", "tests/nn")
 # Only tests that can reach a native kernel; the other backends do not know the level.
-NATIVE_ONLY = "cpu or native"
+NATIVE_ONLY = "cpu or native or packed"
 
 
 def sanitized(sanitize: str, levels: list[str]) -> dict[str, str]:

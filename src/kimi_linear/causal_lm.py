@@ -15,13 +15,14 @@ from kimi_linear.checkpoint.hub import resolve
 from kimi_linear.checkpoint.load import load_checkpoint
 from kimi_linear.checkpoint.save import save_checkpoint
 from kimi_linear.inference import generate as generation
-from kimi_linear.inference.native.engine import NativeModel, WeightKind
+from kimi_linear.inference.native.engine import NativeModel
 from kimi_linear.inference.params import SamplingParams
 from kimi_linear.inference.prompts import PromptIds, pad_left, read_prompts
 from kimi_linear.inference.text import TokenDecoder
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.model import KimiLinearLM, ModelOutput
 from kimi_linear.nn.state import Cache
+from kimi_linear.ops.linear.packed import WeightFormat
 
 
 class KimiLinearForCausalLM(KimiLinearLM):
@@ -55,7 +56,7 @@ class KimiLinearForCausalLM(KimiLinearLM):
         dtype: str | torch.dtype | None = None,
         device: str | torch.device = "cpu",
         *,
-        weights: WeightKind | None = None,
+        weights: WeightFormat | None = None,
         keep_weights: bool = True,
     ) -> Self:
         """Return the model of a checkpoint, in evaluation mode.
@@ -79,7 +80,7 @@ class KimiLinearForCausalLM(KimiLinearLM):
         model.end_token_ids = tuple(sorted({*model.end_token_ids, *end_token_ids}))
         return model if weights is None else model.prepare_for_inference(weights, keep_weights=keep_weights)
 
-    def prepare_for_inference(self, weights: WeightKind, *, keep_weights: bool = True) -> Self:
+    def prepare_for_inference(self, weights: WeightFormat, *, keep_weights: bool = True) -> Self:
         """Pack the weights for fast inference on the CPU, and use them from now on wherever a call allows it.
 
         `generate`, `stream` and calls without gradients in evaluation mode then multiply with packed matrices, and one
@@ -105,10 +106,7 @@ class KimiLinearForCausalLM(KimiLinearLM):
 
         Example:
             >>> from kimi_linear import KimiLinearForCausalLM, preset
-            >>> from kimi_linear.ops import native
-            >>> model = KimiLinearForCausalLM(preset("tiny")).eval()
-            >>> if native.why_unavailable() is None:
-            ...     model = model.prepare_for_inference("float32")
+            >>> model = KimiLinearForCausalLM(preset("tiny")).eval().prepare_for_inference("float32")
             >>> model.generate([[1, 2, 3]], max_new_tokens=5, temperature=0.0).shape
             torch.Size([1, 8])
         """
@@ -118,7 +116,7 @@ class KimiLinearForCausalLM(KimiLinearLM):
         return self
 
     @property
-    def prepared_weights(self) -> WeightKind | None:
+    def prepared_weights(self) -> WeightFormat | None:
         """What the weights were packed as by `prepare_for_inference`, or None."""
         return None if self._native is None else self._native.weights
 
@@ -284,7 +282,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     *,
-    weights: WeightKind | None = None,
+    weights: WeightFormat | None = None,
     keep_weights: bool = True,
 ) -> KimiLinearForCausalLM:
     """Return the model of a checkpoint: `KimiLinearForCausalLM.from_pretrained` under a shorter name."""

@@ -11,10 +11,10 @@ from kimi_linear.evaluation.quantisation import quantisation_loss, quantised_cop
 from kimi_linear.models.kimi_linear.model import KimiLinearLM
 from kimi_linear.models.kimi_linear.presets import preset
 from kimi_linear.nn.ffn.moe import Experts
-from kimi_linear.ops import native
 from kimi_linear.ops.linear import PackedLinear
+from support import ops
 
-pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason="the native kernels are not built")
+pytestmark = ops.NATIVE
 
 
 def batch(T: int, vocabulary: int = 256, seed: int = 0):

@@ -14,9 +14,9 @@ from kimi_linear.models.kimi_linear.presets import preset
 from kimi_linear.nn.config import BlockConfig
 from kimi_linear.nn.ffn import MoEConfig, SwiGLUConfig
 from kimi_linear.nn.mixers import GQAConfig, KDAConfig, MLAConfig
-from kimi_linear.ops import native
+from support import ops
 
-pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason="no native kernels")
+pytestmark = ops.NATIVE
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12, stop_token_ids=())
 

@@ -23,7 +23,7 @@ Function = Callable[..., Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COTANGENT_SEED = 1234
 # For what only the native kernels can run.
-NATIVE = pytest.mark.skipif(native.why_unavailable() is not None, reason="no native kernels in this installation")
+NATIVE = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
 
 
 def backends(op: str, *dtypes: torch.dtype) -> list[str]:

@@ -32,8 +32,8 @@ def generate(
         raise ConfigError("the prompt is empty; give --prompt or text on standard input.")
     # Loading torch takes seconds; --help should not.
     from kimi_linear.causal_lm import load_model
-    from kimi_linear.inference.native.engine import WeightKind
     from kimi_linear.inference.params import SamplingParams
+    from kimi_linear.ops.linear.packed import WeightFormat
     from kimi_linear.training.data import Tokenizer
 
     params = SamplingParams(
@@ -46,7 +46,9 @@ def generate(
         stop=tuple(stop),
         seed=seed,
     )
-    loaded = load_model(model, dtype=dtype, device=device, weights=cast(WeightKind | None, weights), keep_weights=False)
+    loaded = load_model(
+        model, dtype=dtype, device=device, weights=cast(WeightFormat | None, weights), keep_weights=False
+    )
     if not (Path(model) / "tokenizer.json").exists():
         raise CheckpointError(f"{model} has no tokenizer.json; put the model's tokenizer beside its weights.")
     tokenizer = Tokenizer.load(model)

@@ -14,8 +14,7 @@ from kimi_linear.ops.attention.specs import AttentionSpec, DecodeSpec
 from support import ops
 
 DTYPES = [torch.float32, torch.bfloat16]
-NATIVE = [b for b in ops.backends("attention", *DTYPES) if b == "cpu"]
-pytestmark = pytest.mark.parametrize("backend", NATIVE)
+pytestmark = ops.NATIVE
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 # Sizes about those of tiles: 6 and 16 and 64 queries, 96 and 192 keys.
@@ -44,17 +43,17 @@ DECODES = [
 
 @EACH_DTYPE
 @pytest.mark.parametrize("spec", SIZES, ids=lambda spec: spec.name)
-def test_sizes_that_fit_no_tile_match_the_reference(backend: str, spec: AttentionSpec, dtype: torch.dtype) -> None:
-    ops.assert_matches_reference(attention, spec.inputs(dtype), backend, dtype)
+def test_sizes_that_fit_no_tile_match_the_reference(spec: AttentionSpec, dtype: torch.dtype) -> None:
+    ops.assert_matches_reference(attention, spec.inputs(dtype), "cpu", dtype)
 
 
 @EACH_DTYPE
 @pytest.mark.parametrize("spec", DECODES, ids=lambda spec: spec.name)
-def test_decode_of_many_sizes_matches_the_reference(backend: str, spec: DecodeSpec, dtype: torch.dtype) -> None:
+def test_decode_of_many_sizes_matches_the_reference(spec: DecodeSpec, dtype: torch.dtype) -> None:
     for function, inputs in ((attention_decode, spec.inputs(dtype)), (mla_decode, spec.mla_inputs(dtype))):
         expected = function(**ops.in_float64(inputs), backend="reference")
         with ops.nan_in_new_memory():
-            o = function(**inputs, backend=backend)
+            o = function(**inputs, backend="cpu")
         assert relative_error(o, expected) <= tolerance(dtype).output
 
 
@@ -69,45 +68,41 @@ def with_threads(count: int, function: Callable[[], Any]) -> Any:
 
 @EACH_DTYPE
 @pytest.mark.parametrize("spec", SIZES, ids=lambda spec: spec.name)
-def test_bits_do_not_depend_on_the_threads(backend: str, spec: AttentionSpec, dtype: torch.dtype) -> None:
+def test_bits_do_not_depend_on_the_threads(spec: AttentionSpec, dtype: torch.dtype) -> None:
     def run() -> Any:
-        return ops.run_with_gradients(lambda **a: attention(**a, backend=backend), spec.inputs(dtype))
+        return ops.run_with_gradients(lambda **a: attention(**a, backend="cpu"), spec.inputs(dtype))
 
     ops.assert_equal(with_threads(1, run), with_threads(3, run))
 
 
 @EACH_DTYPE
 @pytest.mark.parametrize("spec", DECODES, ids=lambda spec: spec.name)
-def test_decoded_bits_depend_neither_on_threads_nor_neighbours(
-    backend: str, spec: DecodeSpec, dtype: torch.dtype
-) -> None:
+def test_decoded_bits_depend_neither_on_threads_nor_neighbours(spec: DecodeSpec, dtype: torch.dtype) -> None:
     mla, gqa = spec.mla_inputs(dtype), spec.inputs(dtype)
     for function, inputs, rows in ((mla_decode, mla, "latent key_rope"), (attention_decode, gqa, "k v")):
-        o = with_threads(1, lambda f=function, i=inputs: f(**i, backend=backend))
-        assert torch.equal(with_threads(3, lambda f=function, i=inputs: f(**i, backend=backend)), o)
+        o = with_threads(1, lambda f=function, i=inputs: f(**i, backend="cpu"))
+        assert torch.equal(with_threads(3, lambda f=function, i=inputs: f(**i, backend="cpu")), o)
         for n, length in enumerate(spec.lengths):
             alone = {name: inputs[name][n : n + 1] for name in ("q", "lengths")}
             alone |= {name: inputs[name][n : n + 1, :length] for name in rows.split()}
-            assert torch.equal(function(**{**inputs, **alone}, backend=backend)[0], o[n])
+            assert torch.equal(function(**{**inputs, **alone}, backend="cpu")[0], o[n])
 
 
 @EACH_DTYPE
 @pytest.mark.parametrize("copies", [1, 5, 33])
-def test_absorbed_rows_of_a_large_batch_have_the_bits_of_a_single_one(
-    backend: str, copies: int, dtype: torch.dtype
-) -> None:
+def test_absorbed_rows_of_a_large_batch_have_the_bits_of_a_single_one(copies: int, dtype: torch.dtype) -> None:
     inputs = DecodeSpec("row", S=40, lengths=(40,) * copies, Hq=3, K=20, V=9, R=50).mla_inputs(dtype)
-    o = mla_decode(**inputs, backend=backend)
+    o = mla_decode(**inputs, backend="cpu")
     for n in (0, copies // 2, copies - 1):
         alone = {name: inputs[name][n : n + 1] for name in ("q", "latent", "key_rope", "lengths")}
-        assert torch.equal(mla_decode(**{**inputs, **alone}, backend=backend)[0], o[n])
+        assert torch.equal(mla_decode(**{**inputs, **alone}, backend="cpu")[0], o[n])
 
 
 @EACH_DTYPE
 @pytest.mark.parametrize("name", ["ragged", "ragged_continued"])
-def test_packed_sequences_have_the_bits_of_separate_calls(backend: str, name: str, dtype: torch.dtype) -> None:
+def test_packed_sequences_have_the_bits_of_separate_calls(name: str, dtype: torch.dtype) -> None:
     def call(**arguments: Any) -> Tensor:
-        return attention(**arguments, backend=backend)
+        return attention(**arguments, backend="cpu")
 
     spec = next(spec for spec in SIZES if spec.name == name)
     inputs = spec.inputs(dtype)
@@ -126,25 +121,23 @@ def test_packed_sequences_have_the_bits_of_separate_calls(backend: str, name: st
 @EACH_DTYPE
 @pytest.mark.parametrize("window", [None, 150])
 @pytest.mark.parametrize("cut", [1, 100, 192, 299])
-def test_a_prompt_cut_anywhere_has_the_bits_of_the_whole(
-    backend: str, cut: int, window: int | None, dtype: torch.dtype
-) -> None:
+def test_a_prompt_cut_anywhere_has_the_bits_of_the_whole(cut: int, window: int | None, dtype: torch.dtype) -> None:
     inputs = AttentionSpec("whole", T=300, S=300, K=24, V=20, window=window).inputs(dtype)
-    whole = attention(**inputs, backend=backend)
-    head = attention(**{**inputs, **{x: inputs[x][:, :cut] for x in "qkv"}}, backend=backend)
-    tail = attention(**{**inputs, "q": inputs["q"][:, cut:]}, backend=backend)
+    whole = attention(**inputs, backend="cpu")
+    head = attention(**{**inputs, **{x: inputs[x][:, :cut] for x in "qkv"}}, backend="cpu")
+    tail = attention(**{**inputs, "q": inputs["q"][:, cut:]}, backend="cpu")
     assert torch.equal(torch.cat([head, tail], 1), whole)
 
 
-def test_scores_beyond_any_exponent_pick_the_largest(backend: str) -> None:
+def test_scores_beyond_any_exponent_pick_the_largest() -> None:
     inputs = AttentionSpec("far", T=200, S=200, K=16, V=8).inputs(torch.float32)
     inputs["q"] = inputs["q"] * 1e6
-    o = attention(**inputs, backend=backend)
+    o = attention(**inputs, backend="cpu")
     assert relative_error(o, attention(**ops.in_float64(inputs), backend="reference")) <= 1e-3
 
 
-def test_all_scores_equal_average_the_values(backend: str) -> None:
+def test_all_scores_equal_average_the_values() -> None:
     inputs = AttentionSpec("zero", T=200, S=200, K=16, V=8).inputs(torch.float32)
     inputs["q"] = torch.zeros_like(inputs["q"])
     averages = inputs["v"].double().cumsum(1) / torch.arange(1, 201, dtype=torch.float64)[:, None, None]
-    ops.assert_close(attention(**inputs, backend=backend), averages.float())
+    ops.assert_close(attention(**inputs, backend="cpu"), averages.float())

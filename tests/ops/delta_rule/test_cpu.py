@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_linear.ops import delta_rule_decode, kda_core, kda_core_decode, native
+from kimi_linear.ops import delta_rule_decode, kda_core, kda_core_decode
 from kimi_linear.ops.delta_rule import cpu, cpu_backward, cpu_decode
 from kimi_linear.ops.delta_rule.specs import CoreCase, DeltaRuleCase
 from support import ops
 from support.delta_rule import KINDS, TOKENS, assert_close, call, draw, errors, reference, run
 
-pytestmark = pytest.mark.skipif(native.active_level() is None, reason=str(native.why_unavailable()))
+pytestmark = ops.NATIVE
 SMALL: dict[str, Any] = {"K": 3, "V": 2}
 DECODE = [("delta_rule", delta_rule_decode), ("kda_core", kda_core_decode)]
 each_op = pytest.mark.parametrize("op", KINDS)

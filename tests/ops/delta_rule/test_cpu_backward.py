@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kimi_linear.ops import native
 from kimi_linear.ops.delta_rule.specs import CoreCase, DeltaRuleCase, KdaCase
 from support import ops
 from support.delta_rule import PARAMETERS, TOKENS, draw, errors, reference, run
 
-pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
+pytestmark = ops.NATIVE
 
 # A segment is 256 tokens: one under, at and over it, and several.
 LENGTHS = (255, 3, 0, 600, 257)

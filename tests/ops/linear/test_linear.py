@@ -5,7 +5,6 @@ import torch
 
 from kimi_linear.base.errors import ShapeError
 from kimi_linear.base.numerics import relative_error, tolerance
-from kimi_linear.ops import native
 from kimi_linear.ops.linear import cpu, linear, reference
 from kimi_linear.ops.linear.specs import SPECS, LinearSpec
 from support import ops
@@ -13,7 +12,7 @@ from support import ops
 EACH = pytest.mark.parametrize("backend", ops.backends("linear"))
 CASES = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 BIASED = next(spec for spec in SPECS if spec.name == "batch")
-NATIVE = [pytest.param("cpu", marks=pytest.mark.skipif(native.why_unavailable() is not None, reason="not built"))]
+NATIVE = pytest.mark.parametrize("backend", [pytest.param("cpu", marks=ops.NATIVE)])
 
 
 def call(backend: str, **arguments: Any) -> torch.Tensor:
@@ -53,7 +52,7 @@ def test_wide_weights_are_rounded_to_x_and_keep_their_gradient_wide(backend: str
     assert relative_error(y, same) <= tolerance(torch.bfloat16).output
 
 
-@pytest.mark.parametrize("backend", NATIVE)
+@NATIVE
 def test_gradient_of_a_wide_weight_is_a_float32_sum(backend: str) -> None:
     inputs = LinearSpec("wide", (640,), 40, 64).inputs(torch.float32)
     inputs["x"] = inputs["x"].bfloat16()
@@ -83,7 +82,7 @@ def test_only_needed_gradients_are_there(backend: str) -> None:
         assert torch.equal(some[name], every[name])
 
 
-@pytest.mark.parametrize("backend", NATIVE)
+@NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype) -> None:
     inputs = LinearSpec("long", (401,), 71, 1030).inputs(dtype)
@@ -93,7 +92,7 @@ def test_a_row_does_not_depend_on_the_batch(backend: str, dtype: torch.dtype) ->
         assert torch.equal(part, y[first:last])
 
 
-@pytest.mark.parametrize("backend", NATIVE)
+@NATIVE
 def test_threads_do_not_matter(backend: str) -> None:
     inputs = LinearSpec("threads", (301,), 130, 77, has_bias=True).inputs(torch.float32)
     before = torch.get_num_threads()

@@ -6,11 +6,11 @@ import torch
 
 from kimi_linear.base.errors import BackendError, ConfigError, DtypeError, ShapeError
 from kimi_linear.base.numerics import relative_error
-from kimi_linear.ops import native
 from kimi_linear.ops.linear import PackedLinear
-from kimi_linear.ops.linear.packed import FORMATS
+from kimi_linear.ops.linear.packed import FORMATS, panel_width
+from support import ops
 
-pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason="the native kernels are not built")
+pytestmark = ops.NATIVE
 
 EACH = pytest.mark.parametrize("format", FORMATS)
 # Relative error of a normal weight after packing, and of a product with it beyond that.
@@ -107,6 +107,28 @@ def test_sizes_batches_and_dtypes(format: Any) -> None:
     half = layer(x.bfloat16())
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, layer(x.bfloat16().float()).bfloat16())
+
+
+@EACH
+@pytest.mark.parametrize(("N", "K"), [(0, 70), (7, 0), (0, 0)])
+def test_an_empty_weight_gives_zeros(format: Any, N: int, K: int) -> None:
+    assert torch.equal(PackedLinear(draw(N, K), format=format)(draw(3, K)), torch.zeros(3, N))
+
+
+@EACH
+def test_some_outputs_are_those_columns_of_the_whole(format: Any) -> None:
+    width = panel_width()
+    layer = PackedLinear(draw(2 * width + 5, 70), draw(1, 2 * width + 5, 2)[0], format=format)
+    x = draw(3, 70, 1)
+    for begin, count in [(0, width), (0, 3), (width, width + 1), (2 * width, 5), (width, 0)]:
+        part = layer.outputs(begin, count)
+        assert part.out_features == count
+        assert torch.equal(part(x), layer(x)[:, begin : begin + count])
+        assert torch.equal(part.weight(), layer.weight()[begin : begin + count])
+        assert part.nbytes == PackedLinear(draw(count, 70), format=format).nbytes
+    for begin, count in [(1, 2), (2 * width, 6), (0, -1), (-width, width)]:
+        with pytest.raises(ShapeError, match=f"outputs {begin} to {begin + count} of {2 * width + 5}"):
+            layer.outputs(begin, count)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -12,7 +12,7 @@ from kimi_linear.ops.moe.cpu import grouped_mlp_cpu, grouped_mlp_cpu_backward
 from kimi_linear.ops.moe.specs import MoESpec
 from support import ops
 
-pytestmark = pytest.mark.skipif("cpu" not in ops.backends("grouped_mlp", torch.float32), reason="no native kernels")
+pytestmark = ops.NATIVE
 
 # Runs of more rows than are packed at once, of fewer, and of none; widths that are no multiples of a vector.
 LONG = MoESpec("long", M=450, E=4, k=2, D=37, F=45, shunned=(2,))

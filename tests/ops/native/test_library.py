@@ -11,8 +11,7 @@ from kimi_linear.base.errors import BackendError, ConfigError
 from kimi_linear.ops import native
 from kimi_linear.ops.native import library
 from kimi_linear.ops.registry import Call
-
-HERE = pytest.mark.skipif(native.why_unavailable() is not None, reason="no native kernels in this installation")
+from support import ops
 
 
 def call(**changes: object) -> Call:
@@ -31,7 +30,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
-@HERE
+@ops.NATIVE
 @pytest.mark.parametrize("level", native.available_levels())
 def test_every_level_loads_and_knows_its_width(fresh, level: str) -> None:
     found = fresh(KIMI_LINEAR_CPU_LEVEL=level)
@@ -40,7 +39,7 @@ def test_every_level_loads_and_knows_its_width(fresh, level: str) -> None:
     assert lanes == {"generic": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}[level]
 
 
-@HERE
+@ops.NATIVE
 def test_auto_takes_the_widest(fresh) -> None:
     assert fresh(KIMI_LINEAR_CPU_LEVEL="auto").level == native.available_levels()[-1]
 
@@ -63,12 +62,12 @@ def test_refusals_name_device_and_dtype() -> None:
     assert native.refuse(call(dtype="float64"))[0] == "computes float32 and bfloat16, not float64"
 
 
-@HERE
+@ops.NATIVE
 def test_a_fitting_call_is_not_refused() -> None:
     assert native.refuse(call()) == []
 
 
-@HERE
+@ops.NATIVE
 def test_without_kernels_the_operators_still_run() -> None:
     """A process of its own: the library is chosen once."""
     code = (
@@ -81,7 +80,7 @@ def test_without_kernels_the_operators_still_run() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@HERE
+@ops.NATIVE
 def test_kernels_run_on_as_many_threads_as_torch_has() -> None:
     """A process of its own, where torch has two threads."""
     code = (
@@ -93,7 +92,7 @@ def test_kernels_run_on_as_many_threads_as_torch_has() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@HERE
+@ops.NATIVE
 def test_a_failing_kernel_is_an_error() -> None:
     failing = native.kernel("test_code", "i")
     failing(0)
@@ -101,25 +100,25 @@ def test_a_failing_kernel_is_an_error() -> None:
         failing(3)
 
 
-@HERE
+@ops.NATIVE
 def test_a_library_of_older_sources_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(BackendError, match=r"lack kl_no_such_kernel.*csrc/build\.py"):
         native.kernel("no_such_kernel", "i")
 
 
-@HERE
+@ops.NATIVE
 def test_scratch_memory_nests() -> None:
     native.kernel("test_scratch", "ii")(4, 100)
 
 
-@HERE
+@ops.NATIVE
 def test_every_item_runs_once() -> None:
     total = torch.zeros(1, dtype=torch.int64)
     native.kernel("test_parallel_sum", "pi")(total, 1000)
     assert total.item() == 999 * 1000 // 2
 
 
-@HERE
+@ops.NATIVE
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_large_blocks_go_back_to_the_system() -> None:
     """A process of its own: what is resident must not depend on the tests before."""

@@ -12,7 +12,6 @@ from kimi_linear.ops import (
     gated_rms_norm,
     l2_norm,
     linear_cross_entropy,
-    native,
     rms_norm,
     short_conv,
     short_conv_decode,
@@ -24,7 +23,7 @@ from kimi_linear.ops.norm.specs import NormSpec
 from kimi_linear.ops.rope.specs import RopeSpec
 from support import ops
 
-pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason="there are no native kernels here")
+pytestmark = ops.NATIVE
 EACH_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 # Large enough for several items of work each.

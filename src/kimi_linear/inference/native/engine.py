@@ -1,7 +1,7 @@
 """A prepared model: when the native path takes a call, and what it computes."""
 
 import itertools
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,13 @@ from kimi_linear.base.errors import ConfigError
 from kimi_linear.base.registry import unknown_name
 from kimi_linear.inference.native.layers import Parts, describe_model, reasons_against
 from kimi_linear.inference.native.modules import Stand
-from kimi_linear.inference.native.pack import KINDS, pack
 from kimi_linear.inference.native.step import Stepper
 from kimi_linear.models.kimi_linear.model import KimiLinearLM
 from kimi_linear.nn.state import Cache
 from kimi_linear.ops import native
+from kimi_linear.ops.linear.packed import FORMATS, PackedLinear, WeightFormat
 from kimi_linear.ops.native.library import DTYPES
 
-WeightKind = Literal["float32", "bfloat16", "int8", "int4"]
 # Steps in which all parameters are looked at for changes: after streaming the weights every look is a cache miss.
 _TURNS = 8
 
@@ -35,7 +34,7 @@ class NativeModel:
             anything but this path.
     """
 
-    def __init__(self, model: KimiLinearLM, weights: WeightKind, keep_weights: bool) -> None:
+    def __init__(self, model: KimiLinearLM, weights: WeightFormat, keep_weights: bool) -> None:
         _check(model, weights)
         self.weights = weights
         self.keeps_weights = keep_weights
@@ -79,7 +78,7 @@ class NativeModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states [..., D]."""
-        return self._head.product(hidden)
+        return self._head(hidden)
 
     def require_weights(self) -> None:
         """Raise ConfigError if the parameters were released."""
@@ -96,7 +95,7 @@ class NativeModel:
 
     def _prepare(self) -> None:
         model, parts = self._model, Parts(self.weights)
-        self._head = pack(model.head_weight, self.weights)
+        self._head = PackedLinear(model.head_weight, format=self.weights)
         described = describe_model(model.model, self._head, parts) if not reasons_against(model.model) else None
         if described is None:
             parts = parts_of_linears(model.model, self.weights)
@@ -157,9 +156,9 @@ class _Watched:
         return parameter is not None and (self._count() != self._version or parameter.data_ptr() != self._address)
 
 
-def parts_of_linears(root: nn.Module, kind: str) -> Parts:
+def parts_of_linears(root: nn.Module, format: WeightFormat) -> Parts:
     """Return the packed linear layers of a network that the native step does not know."""
-    parts = Parts(kind)
+    parts = Parts(format)
     for module in root.modules():
         if isinstance(module, nn.Linear) and module.bias is None:
             parts.one(module, [])
@@ -180,10 +179,7 @@ def _reasons(model: KimiLinearLM) -> list[str]:
 
 
 def _check(model: KimiLinearLM, weights: str) -> None:
-    if weights not in KINDS:
-        raise ConfigError(unknown_name("kind of weights", weights, list(KINDS)))
+    if weights not in FORMATS:
+        raise ConfigError(unknown_name("kind of weights", weights, list(FORMATS)))
     if reasons := _reasons(model):
         raise ConfigError(f"the model cannot be prepared for inference: {'; '.join(reasons)}.")
-
-
-__all__ = ["NativeModel", "WeightKind"]

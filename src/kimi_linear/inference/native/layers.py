@@ -2,14 +2,13 @@
 
 import ctypes
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kimi_linear.inference.native import structs
-from kimi_linear.inference.native.pack import Packed, pack, round_up, tile
 from kimi_linear.nn.block import Block
 from kimi_linear.nn.decoder import Decoder
 from kimi_linear.nn.ffn.moe import Experts, MixtureOfExperts
@@ -17,6 +16,7 @@ from kimi_linear.nn.ffn.swiglu import SwiGLU
 from kimi_linear.nn.mixers.kda.layer import KimiDeltaAttention
 from kimi_linear.nn.mixers.mla.layer import MultiHeadLatentAttention
 from kimi_linear.nn.residual.standard import StandardResidual
+from kimi_linear.ops.linear.packed import PackedLinear, WeightFormat, panel_width
 from kimi_linear.ops.native.library import DTYPES
 
 MIXER_KINDS: dict[type, int] = {KimiDeltaAttention: 0, MultiHeadLatentAttention: 1}
@@ -34,40 +34,43 @@ class Described:
 class Parts:
     """What describing a network collects: packed weights, and which modules they stand in for.
 
-    Fields: `kind`, what weights are packed as; `products`, packed weights of linear layers; `experts`, the two packed
+    Fields: `format`, what weights are packed as; `products`, packed weights of linear layers; `experts`, the two packed
     weights of stacked experts; `replaced`, the parameters that are no longer read, with the module that owns them.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.products: dict[nn.Module, Packed] = {}
+    def __init__(self, format: WeightFormat) -> None:
+        self.format = format
+        self.products: dict[nn.Module, PackedLinear] = {}
         self.experts: dict[Experts, structs.MoeLayer] = {}
         self.replaced: list[tuple[nn.Module, str]] = []
 
-    def stack(self, modules: Sequence[nn.Linear], kept: list[Any]) -> tuple[structs.PackedWeight, list[int]]:
-        """Pack linear layers into one weight, each from a tile on; return it with their offsets."""
-        padded = [_padded(module.weight) for module in modules]
-        packed = pack(torch.cat(padded), self.kind)
+    def pack(self, weights: Iterable[Tensor], kept: list[Any]) -> PackedLinear:
+        """Pack weights, one below the other, into memory that lives as long as `kept`."""
+        packed = PackedLinear(torch.cat([*weights]), format=self.format)
         kept.append(packed)
+        return packed
+
+    def stack(self, modules: Sequence[nn.Linear], kept: list[Any]) -> tuple[structs.PackedWeight, list[int]]:
+        """Pack linear layers into one weight, each from a panel on; return it with their offsets."""
+        padded = [_padded(module.weight) for module in modules]
+        packed = self.pack(padded, kept)
         offsets = [sum(part.shape[0] for part in padded[:i]) for i in range(len(padded))]
         for module, offset in zip(modules, offsets, strict=True):
-            self._replace(module, packed.rows(offset, module.out_features))
-        return packed.struct, offsets
+            self._replace(module, packed.outputs(offset, module.out_features))
+        return structs.PackedWeight.of(packed), offsets
 
     def one(self, module: nn.Linear, kept: list[Any]) -> structs.PackedWeight:
         """Pack one linear layer."""
         return self.stack([module], kept)[0]
 
     def per_head(self, module: nn.Linear, heads: int, kept: list[Any]) -> structs.PackedWeight:
-        """Pack one linear layer, with the outputs of each head from a tile on."""
-        if module.out_features // heads % tile() == 0:
+        """Pack one linear layer, with the outputs of each head from a panel on."""
+        if module.out_features // heads % panel_width() == 0:
             return self.one(module, kept)
-        packed = pack(torch.cat([_padded(part) for part in module.weight.chunk(heads)]), self.kind)
-        kept.append(packed)
-        self._replace(module, pack(module.weight, self.kind))
-        return packed.struct
+        self._replace(module, PackedLinear(module.weight, format=self.format))
+        return structs.PackedWeight.of(self.pack([_padded(part) for part in module.weight.chunk(heads)], kept))
 
-    def _replace(self, module: nn.Linear, packed: Packed) -> None:
+    def _replace(self, module: nn.Linear, packed: PackedLinear) -> None:
         self.products[module] = packed
         self.replaced.append((module, "weight"))
 
@@ -85,8 +88,13 @@ def reasons_against(decoder: Decoder) -> list[str]:
     return reasons
 
 
+def _round_up(size: int) -> int:
+    """Return a number of outputs, rounded up to whole panels."""
+    return -(-size // panel_width()) * panel_width()
+
+
 def _padded(weight: Tensor) -> Tensor:
-    return nn.functional.pad(weight.detach(), (0, 0, 0, -weight.shape[0] % tile()))
+    return nn.functional.pad(weight.detach(), (0, 0, 0, -weight.shape[0] % panel_width()))
 
 
 def _floats(tensor: Tensor, kept: list[Any]) -> int:
@@ -116,8 +124,8 @@ def describe_kda(layer: KimiDeltaAttention, parts: Parts) -> Described:
         K=c.head_dim,
         V=c.value_dim,
         W=c.conv_size,
-        decay_rows=round_up(c.head_dim),
-        gate_rows=round_up(c.value_dim),
+        decay_rows=_round_up(c.head_dim),
+        gate_rows=_round_up(c.value_dim),
         **dict(zip(("at_k", "at_v", "at_decay", "at_gate", "at_beta"), offsets[1:], strict=True)),
         lower_bound=c.gate_lower_bound or 0.0,
         scale=c.head_dim**-0.5,
@@ -174,13 +182,12 @@ def describe_moe(layer: MixtureOfExperts, parts: Parts) -> Described:
         described = describe_swiglu(layer.shared_experts, parts)
         kept.append(described)
         shared = described.struct
-    up = pack(torch.cat([_padded(w) for pair in zip(weights.w1, weights.w3, strict=True) for w in pair]), parts.kind)
-    down = pack(torch.cat([_padded(w) for w in weights.w2]), parts.kind)
-    kept += [up, down]
-    width = round_up(c.intermediate_size)
+    up = parts.pack((_padded(w) for pair in zip(weights.w1, weights.w3, strict=True) for w in pair), kept)
+    down = parts.pack((_padded(w) for w in weights.w2), kept)
+    width = _round_up(c.intermediate_size)
     struct = structs.MoeLayer(
-        in_=up.struct,
-        down=down.struct,
+        in_=structs.PackedWeight.of(up),
+        down=structs.PackedWeight.of(down),
         shared=shared,
         router=_floats(layer.gate.weight, kept),
         bias=_floats(layer.gate.e_score_correction_bias, kept),
@@ -189,7 +196,7 @@ def describe_moe(layer: MixtureOfExperts, parts: Parts) -> Described:
         F=c.intermediate_size,
         at_up=width,
         in_rows=2 * width,
-        down_rows=round_up(weights.w2.shape[1]),
+        down_rows=_round_up(weights.w2.shape[1]),
         softmax=c.activation == "softmax",
         renormalize=c.renormalize,
         scaling=c.scaling,
@@ -225,7 +232,7 @@ def describe_block(block: Block, parts: Parts) -> Described:
     return Described(struct, [*kept, mixer, ffn])
 
 
-def describe_model(decoder: Decoder, head: Packed, parts: Parts) -> Described:
+def describe_model(decoder: Decoder, head: PackedLinear, parts: Parts) -> Described:
     """Describe a network and its output head."""
     blocks = [describe_block(block, parts) for block in decoder.blocks()]
     layers = (structs.Layer * len(blocks))(*(block.struct for block in blocks))
@@ -236,7 +243,7 @@ def describe_model(decoder: Decoder, head: Packed, parts: Parts) -> Described:
         layers=ctypes.addressof(layers),
         embedding=embedding.data_ptr(),
         norm=_floats(decoder.norm.weight, kept),
-        head=head.struct,
+        head=structs.PackedWeight.of(head),
         num_layers=len(blocks),
         D=embedding.shape[1],
         embedding_dtype=DTYPES[embedding.dtype],

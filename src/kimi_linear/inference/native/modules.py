@@ -23,7 +23,7 @@ class Stand:
 
     def __init__(self, parts: Parts) -> None:
         self._forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = [
-            *((module, packed.product) for module, packed in parts.products.items()),
+            *parts.products.items(),
             *((module, _experts(struct)) for module, struct in parts.experts.items()),
         ]
         self._lock = threading.RLock()

@@ -3,6 +3,8 @@
 import ctypes
 from typing import Any, ClassVar
 
+from kimi_linear.ops.linear.packed import FORMATS, PackedLinear
+
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
@@ -14,6 +16,11 @@ class PackedWeight(ctypes.Structure):
     """A packed weight (csrc/linear.h)."""
 
     _fields_: ClassVar = _fields(("data", _POINTER), ("kind outputs inputs", _INT))
+
+    @classmethod
+    def of(cls, packed: PackedLinear) -> "PackedWeight":
+        """Describe a weight, which must outlive the struct."""
+        return cls(packed.data.data_ptr(), FORMATS[packed.format], packed.out_features, packed.in_features)
 
 
 class KdaLayer(ctypes.Structure):

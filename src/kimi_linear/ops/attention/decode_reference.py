@@ -8,6 +8,7 @@ Positions from `length` on do not exist; a length of 0 gives a zero row. With a 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,27 +70,12 @@ def mla_decode_reference(
 
 
 @attention_decode_reference.register_fake
-def _fake_attention_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    scale: float,
-    window: int | None,
-    block_table: Tensor | None = None,
-) -> Tensor:
+def _fake_attention_decode(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(*q.shape[:2], v.shape[-1])
 
 
 @mla_decode_reference.register_fake
 def _fake_mla_decode(
-    q: Tensor,
-    latent: Tensor,
-    key_rope: Tensor,
-    lengths: Tensor,
-    kv_b: Tensor,
-    nope_dim: int,
-    scale: float,
-    block_table: Tensor | None = None,
+    q: Tensor, latent: Tensor, key_rope: Tensor, lengths: Tensor, kv_b: Tensor, nope_dim: int, *rest: Any
 ) -> Tensor:
     return q.new_empty(*q.shape[:2], kv_b.shape[0] // q.shape[1] - nope_dim)

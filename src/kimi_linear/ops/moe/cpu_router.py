@@ -1,10 +1,9 @@
 """Routing natively (csrc/moe_route.cpp): a pass over each token's logits. Equations as numbered in router.py."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from kimi_linear.ops.moe.router_autograd import register
 from kimi_linear.ops.native import kernel
 from kimi_linear.ops.native.library import DTYPES
 
@@ -39,32 +38,7 @@ def moe_route_cpu_backward(
     return d_logits
 
 
-@moe_route_cpu.register_fake
-def _fake_route(
-    logits: Tensor, bias: Tensor, top_k: int, renormalize: bool, scaling: float, activation: str
-) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
-
-
-@moe_route_cpu_backward.register_fake
-def _fake_route_backward(d_weights: Tensor, logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, _, _, ctx.renormalize, ctx.scaling, ctx.activation = inputs
-    ctx.save_for_backward(logits, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _formula(ctx: Any, d_weights: Tensor, _: Any) -> tuple[Any, ...]:
-    logits, experts = ctx.saved_tensors
-    d_logits = moe_route_cpu_backward(d_weights, logits, experts, ctx.renormalize, ctx.scaling, ctx.activation)
-    return d_logits, None, None, None, None, None
-
-
-moe_route_cpu.register_autograd(_formula, setup_context=_save)
+register(moe_route_cpu, moe_route_cpu_backward)
 
 
 def run(

@@ -11,12 +11,11 @@ Backward of (3) with r = scaling / (sum w + 1e-20), w' = scaling * w / (sum w + 
     dlogits = ds s (1 - s)  (sigmoid),  s (ds - sum ds s)  (softmax),  ds = dw at the chosen, 0 elsewhere (5)
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kimi_linear.ops.checks import compute_dtype
+from kimi_linear.ops.moe.router_autograd import register
 
 # Keeps 0 / 0 away when every chosen score underflows.
 _EPSILON = 1e-20
@@ -64,29 +63,4 @@ def moe_route_reference_backward(
     return d_logits.to(logits.dtype)
 
 
-@moe_route_reference.register_fake
-def _fake_route(
-    logits: Tensor, bias: Tensor, top_k: int, renormalize: bool, scaling: float, activation: str
-) -> tuple[Tensor, Tensor]:
-    shape = (*logits.shape[:-1], top_k)
-    return logits.new_empty(shape, dtype=compute_dtype(logits)), logits.new_empty(shape, dtype=torch.int64)
-
-
-@moe_route_reference_backward.register_fake
-def _fake_route_backward(d_weights: Tensor, logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, _, _, ctx.renormalize, ctx.scaling, ctx.activation = inputs
-    ctx.save_for_backward(logits, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _formula(ctx: Any, d_weights: Tensor, _: Any) -> tuple[Any, ...]:
-    logits, experts = ctx.saved_tensors
-    d_logits = moe_route_reference_backward(d_weights, logits, experts, ctx.renormalize, ctx.scaling, ctx.activation)
-    return d_logits, None, None, None, None, None
-
-
-moe_route_reference.register_autograd(_formula, setup_context=_save)
+register(moe_route_reference, moe_route_reference_backward)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kimi_linear.base.errors import ConfigError
 from kimi_linear.causal_lm import KimiLinearForCausalLM
-from kimi_linear.inference.native.engine import WeightKind
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.presets import preset
 from kimi_linear.nn.config import BlockConfig
 from kimi_linear.nn.mixers import GQAConfig, MLAConfig
+from kimi_linear.ops.linear.packed import WeightFormat
 from kimi_linear.training.precision import autocast
 
 # Bytes of one weight as it is read; four-bit groups carry a scale.
@@ -61,7 +61,7 @@ def for_inference(model: KimiLinearForCausalLM, weights: str) -> KimiLinearForCa
     """
     model = model.to(served_dtype(weights)).eval()
     try:
-        return model.prepare_for_inference(cast(WeightKind, weights), keep_weights=False)
+        return model.prepare_for_inference(cast(WeightFormat, weights), keep_weights=False)
     except ConfigError:
         if weights in ("float32", "bfloat16"):
             return model

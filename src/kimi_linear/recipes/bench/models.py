@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -11,6 +12,7 @@ from kimi_linear.inference.native.engine import parts_of_linears
 from kimi_linear.inference.native.modules import Stand
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.ops import native
+from kimi_linear.ops.linear.packed import WeightFormat
 from kimi_linear.recipes.bench.engine import WEIGHT_BYTES, Engine, build, served_dtype
 from kimi_linear.recipes.bench.record import Row
 from kimi_linear.recipes.bench.timing import Effort, in_turns, spread
@@ -152,7 +154,7 @@ def measure_layer(
     layer = build(config).to(dtype).eval().model.blocks()[1].self_attn
     x = torch.randn(1, piece, config.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     # As in a model prepared for inference, where that can be.
-    packed = Stand(parts_of_linears(layer, weights)) if native.why_unavailable() is None else None
+    packed = Stand(parts_of_linears(layer, cast(WeightFormat, weights))) if native.why_unavailable() is None else None
 
     def read(T: int) -> None:
         state = layer.new_state(1, device=x.device, dtype=dtype)
