@@ -79,7 +79,7 @@ def model_rows(written: engines.Models, found: peers.Peers, quick: bool) -> Iter
 def memory_rows(written: engines.Models, found: peers.Peers, quick: bool) -> Iterator[Row]:
     """Yield the rows of the memory of a training step, ours and transformers'."""
     yield from memory.rows(MODEL, quick)
-    for tokens in (64,) if quick else (512, 8192):
+    for tokens in (64,) if quick else (1024, 2048, 8192):
         yield engines.training_memory(written, found, tokens)
 
 

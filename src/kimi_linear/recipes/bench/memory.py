@@ -70,11 +70,13 @@ def measure(
 
 def rows(model: str, quick: bool) -> Iterator[Row]:
     """Yield the rows of a run: a short step, and a long one in both arithmetics and with recomputed blocks."""
-    yield measure(model, 512)
-    if not quick:
-        yield measure(model, 8192)
-        yield measure(model, 8192, recompute=True)
-        yield measure(model, 8192, "bf16")
+    if quick:
+        yield measure(model, 512)
+        return
+    for tokens in (1024, 2048, 8192):
+        yield measure(model, tokens)
+        yield measure(model, tokens, recompute=True)
+    yield measure(model, 8192, "bf16")
 
 
 def main(argument: str) -> None:
