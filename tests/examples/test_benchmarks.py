@@ -291,7 +291,8 @@ def full_record(engine_share: float = 1.0) -> dict[str, Any]:
             Row("context", engine, {"context": 1048576}, "ms per token", [ms], 30.0, "read_gigabytes", extra=extra)
         )
     step = {"tokens": 8192, "arithmetic": "fp32", "recompute": False}
-    rows.append(Row("memory", "kimi-linear", step, "GiB", [0.5]))
+    rows.append(Row("memory", "kimi-linear", step, "GiB", [1.5]))
+    rows.append(Row("memory", "kimi-linear", {**step, "recompute": True}, "GiB", [0.5]))
     rows.append(Row("memory", "transformers", step, "GiB", reason="out of memory", extra={"more_than_gib": 16.0}))
     machine = {"machine": "toy-2-cores", "cpu": "Toy", "flags": ["avx2"], "cores": 2, "threads": 2, "load": 0.1}
     machine |= {"system": "Linux x86_64", "python": "3.11.0", "torch": "2.13.0", "commit": "abc", "native": "avx2"}
