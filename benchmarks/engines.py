@@ -18,8 +18,9 @@ import torch
 
 from kimi_linear import KimiLinearForCausalLM, preset
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
+from kimi_linear.recipes.bench.ceilings import Memory
 from kimi_linear.recipes.bench.engine import build, named_config
-from kimi_linear.recipes.bench.models import Work, rate_row, works
+from kimi_linear.recipes.bench.models import READ_SECONDS, Work, rate_row, works
 from kimi_linear.recipes.bench.record import Row
 from peers import Peers
 from processes import Worker, WorkerError
@@ -189,6 +190,7 @@ class Group:
         self.models, self.peers, self.settings, self.stack = models, peers, settings, stack
         self.workers: dict[str, Worker] = {}
         self.reasons: dict[str, str] = {}
+        self._memory = Memory()
         # What the slow engine is given may be the same for different works.
         self._done: set[tuple[str, Work]] = set()
 
@@ -216,7 +218,9 @@ class Group:
         self._done.update(given.items())
         engines = list(given)
         seconds: dict[str, list[float]] = {engine: [] for engine in engines}
+        rates: list[float] = []
         for number in range(1 + self.settings.rounds):
+            rates.append(self._memory.read(READ_SECONDS))
             for engine in engines:
                 if engine not in self.workers or sum(seconds[engine]) >= self.settings.budget_seconds:
                     continue
@@ -232,6 +236,7 @@ class Group:
                 seconds[engine],
                 reason="" if seconds[engine] else self.reasons.get(engine, ""),
                 version=self.workers[engine].about["version"] if engine in self.workers else "",
+                read_rates=rates,
             )
             for engine in engines
         ]

@@ -29,7 +29,8 @@ on outputs and gradients of the operator, and on the logits of the whole model.
 turns, round after round; a turn counts with its median, a figure is the median of the turns. A first turn is not
 counted, unless it alone used up the engine's time: then it is the figure. An engine that takes too long, or more than
 two thirds of the free memory, has the reason in place of a number; nothing is extrapolated. What the machine can do is
-measured before and after, in the same run, and the better reading is the ceiling."""
+measured before and after, in the same run, and the better reading is the ceiling; the speed of memory is measured
+between the turns of every row that depends on it."""
 EMPTY = "\n\nThere is no record yet: run `make bench`.\n"
 CEILINGS = (
     ("fma_float32_core", "float32 multiply-adds in registers, one core", "GFLOP/s"),

@@ -11,12 +11,16 @@ Example:
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kimi_linear.base import env
+
 if TYPE_CHECKING:
     from kimi_linear.causal_lm import KimiLinearForCausalLM, load_model
     from kimi_linear.models.kimi_linear.config import KimiLinearConfig
     from kimi_linear.models.kimi_linear.presets import preset
 
 __version__ = "0.1.0"
+
+env.ask_for_huge_pages()
 
 __all__ = ["KimiLinearConfig", "KimiLinearForCausalLM", "__version__", "load_model", "preset"]
 

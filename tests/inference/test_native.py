@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -253,6 +255,21 @@ def test_training_and_gradients_run_the_plain_modules():
         assert not torch.equal(prepared(ids).logits, plain.eval()(ids).logits)
 
 
+@torch.no_grad()
+def test_a_cache_that_is_let_go_is_freed(pair):
+    _, prepared = pair
+    ids = prompts(prepared)
+    cache = prepared.new_cache(len(ids))
+    for piece in (ids[:, :-1], ids[:, -1:]):
+        prepared(piece, cache=cache)
+    tensors = [weakref.ref(x) for layer in cache.layers for x in layer.tensors().values()]
+    assert all(x() is not None for x in tensors)
+    del cache
+    gc.collect()
+    assert [x() for x in tensors] == [None] * len(tensors)
+
+
+@torch.no_grad()
 def test_an_evaluation_loss_is_that_of_the_plain_model(pair):
     plain, prepared = pair
     ids = prompts(plain)

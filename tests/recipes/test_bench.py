@@ -68,8 +68,9 @@ def test_a_turn_lasts_as_long_as_it_should() -> None:
 
 def test_every_ceiling_is_a_rate() -> None:
     assert ceilings.gemm(torch.float32, 0.0, size=8) > 0
-    assert ceilings.copy(0.0, size=2**16) > 0
-    assert ceilings.read(0.0, size=2**17) > 0
+    memory = ceilings.Memory(2**17)
+    assert memory.copy(0.0) > 0
+    assert memory.read(0.0) > 0
     assert ceilings.better({"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 1.0}) == {"a": 3.0, "b": 2.0}
     assert ceilings.arithmetic({"gemm_float32": 5.0, "fma_float32": 9.0}, "float32") == ("fma_float32", 9.0)
     assert ceilings.arithmetic({}, "float32") is None
@@ -96,6 +97,8 @@ def test_a_row_says_which_part_of_its_ceiling_it_reached() -> None:
     assert fraction(made, {"copy_gigabytes": 60.0}) == 0.5
     assert fraction(made, {}) is None
     assert line(made, {"copy_gigabytes": 60.0}).endswith("30.000 GB/s   50 % of copy_gigabytes")
+    row.ceiling_rate = 120.0
+    assert fraction(row.as_dict(), {"copy_gigabytes": 60.0}) == 0.25
     missing = Row("decode", "kimi-linear", {}, "tokens/s", reason="no int4 weights").as_dict()
     assert "median" not in missing
     assert line(missing, {}).endswith("no int4 weights")

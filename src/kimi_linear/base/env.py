@@ -54,7 +54,8 @@ VARIABLES: dict[str, Variable] = {
         _flag,
         True,
         "0 or 1",
-        "let the process keep freed blocks of up to 32 MiB once native kernels are loaded; 0 leaves malloc as it is",
+        "let the process keep freed blocks of up to 32 MiB once native kernels are loaded, and ask torch to put large "
+        "tensors on huge pages; 0 leaves memory as it is",
     ),
     "KIMI_LINEAR_CPU_LIBRARIES": Variable(
         str, "", "a directory, or empty", "where the libraries of native CPU kernels are, if not in the package"
@@ -72,6 +73,15 @@ def read(name: str) -> Any:
         return variable.parse(text)
     except ValueError as error:
         raise ConfigError(f"{name} is {text!r}, expected {variable.expected}: {variable.meaning}.") from error
+
+
+def ask_for_huge_pages() -> None:
+    """Let torch put large tensors on huge pages, if no tensor was made yet and the user has not said otherwise.
+
+    The page faults of tensors as long as a sequence can cost as much as the kernels that fill them.
+    """
+    if os.environ.get("KIMI_LINEAR_KEEP_MEMORY") != "0":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def with_variables(**changes: str) -> dict[str, str]:

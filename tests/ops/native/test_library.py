@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +132,22 @@ def test_large_blocks_go_back_to_the_system() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(),
+    reason="the system gives huge pages to nobody, or to everybody",
+)
+@pytest.mark.parametrize(("given", "expected"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
+def test_large_tensors_lie_on_huge_pages_unless_the_user_says_no(given: dict[str, str], expected: bool) -> None:
+    code = (
+        "import torch, kimi_linear; x = torch.ones(2**25)\n"
+        "rollup = open('/proc/self/smaps_rollup').read()\n"
+        "print(int(rollup.split('AnonHugePages:')[1].split()[0]) > 2**16)"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", code], env={**clean, **given}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{expected}\n", "")

@@ -6,6 +6,7 @@ is a miss: what a step needs is kept ready, and little is looked at.
 
 import ctypes
 import threading
+import weakref
 
 import torch
 from torch import Tensor
@@ -82,14 +83,14 @@ class Stepper:
 
 
 class _Pointers:
-    """Where the tensors of a layer's state lie, kept from step to step."""
+    """Where the tensors of a layer's state lie, kept from step to step; they live only as long as their cache."""
 
     def __init__(self, struct: structs.LayerState, kind: type, dtype: torch.dtype) -> None:
         self.kind = kind
         self._struct = struct
         self._dtype = dtype
         self._names = _BUFFERS[kind]
-        self._known: tuple[Tensor, ...] = ()
+        self._known: tuple[weakref.ref[Tensor], ...] = ()
 
     def follow(self, state: object, lengths: Tensor, longest: int) -> bool:
         """Point at the tensors of a state with those lengths, with room for `longest`; False if it does not fit."""
@@ -102,7 +103,7 @@ class _Pointers:
                 state.reserve(longest)
         values = state.__dict__
         known = self._known
-        if known and all(values[name] is tensor for name, tensor in zip(self._names, known, strict=True)):
+        if known and all(values[name] is tensor() for name, tensor in zip(self._names, known, strict=True)):
             return True
         return self._point(state, lengths.shape[0])
 
@@ -118,5 +119,5 @@ class _Pointers:
                 setattr(state, name, tensor)
             setattr(self._struct, name, tensor.data_ptr())
         self._struct.capacity = tensors[0].shape[1]
-        self._known = tuple(getattr(state, name) for name in self._names)
+        self._known = tuple(weakref.ref(getattr(state, name)) for name in self._names)
         return True

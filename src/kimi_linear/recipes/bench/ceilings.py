@@ -85,19 +85,36 @@ def packed_row(seconds: float, size: int = 8192) -> float:
     return 2e-9 * size * size / packed_gemm(torch.bfloat16, seconds, size, rows=1)
 
 
-def copy(seconds: float, size: int = STREAM_BYTES) -> float:
-    """Return the GB/s read plus written by a copy larger than the caches."""
-    source, target = torch.ones(size // 4), torch.zeros(size // 4)
-    return 2e-9 * size / best(lambda: target.copy_(source), seconds)
+class Memory:
+    """Memory larger than any cache, to be read or copied whenever its speed is wanted.
 
+    Example:
+        >>> Memory(2**22).read(0.01) > 0
+        True
+    """
 
-def read(seconds: float, size: int = STREAM_BYTES) -> float:
-    """Return the GB/s at which memory larger than the caches is read once."""
-    data = torch.ones(size // 4)
-    if native.active_level() is None:
-        return 1e-9 * size / best(data.sum, seconds)
-    run, sink = native.kernel("peak_read", "pip"), torch.zeros(size // 65536 + 1)
-    return 1e-9 * size / best(lambda: run(data, data.numel(), sink), seconds)
+    def __init__(self, size: int = STREAM_BYTES) -> None:
+        self.size, self._data, self._target = size, torch.ones(size // 4), torch.zeros(size // 4)
+
+    def copy_once(self) -> None:
+        """Read it and write as much."""
+        self._target.copy_(self._data)
+
+    def read_once(self) -> None:
+        """Read it."""
+        if native.active_level() is None:
+            self._data.sum()
+        else:
+            # The other half takes a sum for each 64 KiB.
+            native.kernel("peak_read", "pip")(self._data, self._data.numel(), self._target)
+
+    def copy(self, seconds: float) -> float:
+        """Return the GB/s of copies, read plus written."""
+        return 2e-9 * self.size / best(self.copy_once, seconds)
+
+    def read(self, seconds: float) -> float:
+        """Return the GB/s of reading."""
+        return 1e-9 * self.size / best(self.read_once, seconds)
 
 
 def measure(seconds: float = 0.5) -> dict[str, float]:
@@ -113,8 +130,9 @@ def measure(seconds: float = 0.5) -> dict[str, float]:
         found[f"gemm_{name}"] = gemm(dtype, seconds)
         found[f"packed_gemm_{name}"] = 2e-9 * 2048**3 / packed_gemm(dtype, seconds)
     found["packed_row_bfloat16"] = packed_row(seconds)
-    found["copy_gigabytes"] = copy(seconds)
-    found["read_gigabytes"] = read(seconds)
+    memory = Memory()
+    found["copy_gigabytes"] = memory.copy(seconds)
+    found["read_gigabytes"] = memory.read(seconds)
     return {name: rate for name, rate in found.items() if rate > 0}
 
 

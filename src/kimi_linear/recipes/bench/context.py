@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from kimi_linear.evaluation.decode_cost import filled_cache
+from kimi_linear.recipes.bench.ceilings import Memory
 from kimi_linear.recipes.bench.engine import Engine, build, named_config
 from kimi_linear.recipes.bench.machine import memory_bytes
 from kimi_linear.recipes.bench.record import Row
@@ -19,6 +20,8 @@ WEIGHTS = "bfloat16"
 # Beside the cache: the buffers of a step.
 SPARE_BYTES = 2**30
 WARM_UP = 2
+# Memory is read for so long before and after the steps.
+READ_SECONDS = 0.2
 
 
 def contexts(quick: bool) -> list[int]:
@@ -56,6 +59,7 @@ def measure(size: str, lengths: list[int], steps: int = 16, budget: float = 8.0)
     """
     # All weights are there from the start, so that building them falls between no two readings.
     engines = {name: Engine(build(named_config(name)), WEIGHTS) for name in variants(size)}
+    memory = Memory()
     for context in lengths:
         for name, engine in engines.items():
             config = engine.config
@@ -66,8 +70,9 @@ def measure(size: str, lengths: list[int], steps: int = 16, budget: float = 8.0)
             if free and needed > free:
                 row.reason = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
             else:
+                before = memory.read(READ_SECONDS)
                 seconds = step_seconds(engine, context, steps, budget)
                 row.values = [1e3 * s for s in seconds]
                 row.achieved = 1e-9 * (2 * config.active_parameters() + cache_bytes) / spread(seconds).median
-                row.ceiling = "read_gigabytes"
+                row.ceiling, row.ceiling_rate = "read_gigabytes", max(before, memory.read(READ_SECONDS))
             yield row

@@ -1,6 +1,6 @@
 """The whole model: reading a prompt, generating, training; and one layer over ever longer texts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -13,11 +13,14 @@ from kimi_linear.inference.native.modules import Stand
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.ops import native
 from kimi_linear.ops.linear.packed import WeightFormat
+from kimi_linear.recipes.bench.ceilings import Memory
 from kimi_linear.recipes.bench.engine import WEIGHT_BYTES, Engine, build, served_dtype
 from kimi_linear.recipes.bench.record import Row
 from kimi_linear.recipes.bench.timing import Effort, in_turns, spread
 
 OURS = "kimi-linear"
+# Memory is read for so long after every turn.
+READ_SECONDS = 0.1
 # Forward, and twice that for the gradients of inputs and weights.
 TRAINING_FACTOR = 3
 # The ceiling of products with weights of a kind: integers meet activations rounded to 8 bits.
@@ -73,14 +76,22 @@ def works(quick: bool) -> list[Work]:
 
 
 def rate_row(
-    work: Work, engine: str, config: KimiLinearConfig, seconds: list[float], reason: str = "", version: str = ""
+    work: Work,
+    engine: str,
+    config: KimiLinearConfig,
+    seconds: list[float],
+    reason: str = "",
+    version: str = "",
+    read_rates: Sequence[float] = (),
 ) -> Row:
-    """Return the row of an engine on a piece of work, from the seconds of its turns."""
+    """Return the row of an engine on a piece of work, from the seconds of its turns and memory's rates beside them."""
     row = Row(work.section, engine, work.case(), "tokens/s", [work.counted / s for s in seconds])
     row.reason, row.version = reason, version
     if not seconds:
         return row
     row.achieved, row.ceiling = demand(work, config, spread(row.values).median)
+    if row.ceiling == "read_gigabytes" and read_rates:
+        row.ceiling_rate = spread(read_rates).median
     return row
 
 
@@ -107,18 +118,19 @@ def bound_work(engine: Engine, work: Work) -> Callable[[], float]:
     return lambda: engine.train(work.batch, work.tokens, "bf16" if work.weights == "bfloat16" else "fp32")
 
 
-def own_seconds(call: Callable[[], float], effort: Effort) -> list[float]:
-    """Return the seconds that a piece of work reports of itself, of the turns that count."""
+def own_seconds(call: Callable[[], float], effort: Effort, advance: Callable[[], None]) -> list[float]:
+    """Return the seconds that a piece of work reports of itself, of the turns that count; `advance` follows each."""
     call()
     seconds: list[float] = []
     while len(seconds) < effort.rounds and sum(seconds) < effort.budget_seconds:
         seconds.append(call())
+        advance()
     return seconds
 
 
 def measure(config: KimiLinearConfig, quick: bool, effort: Effort) -> Iterator[Row]:
     """Yield the row of every piece of work, one kind of weights at a time."""
-    engine, held = None, ""
+    engine, held, memory = None, "", Memory()
     for work in works(quick):
         kind = "" if work.section == "training" else work.weights
         if engine is None or kind != held:
@@ -129,7 +141,9 @@ def measure(config: KimiLinearConfig, quick: bool, effort: Effort) -> Iterator[R
             except ConfigError as error:
                 yield rate_row(work, OURS, config, [], reason=str(error))
                 continue
-        yield rate_row(work, OURS, config, own_seconds(bound_work(engine, work), effort))
+        rates: list[float] = []
+        seconds = own_seconds(bound_work(engine, work), effort, lambda to=rates: to.append(memory.read(READ_SECONDS)))
+        yield rate_row(work, OURS, config, seconds, read_rates=rates)
 
 
 def layer_lengths(quick: bool) -> list[int]:

@@ -8,6 +8,7 @@ from kimi_linear.base.errors import BackendError
 from kimi_linear.ops import OPS, kda
 from kimi_linear.ops.delta_rule import delta_rule_decode, kda_core_decode
 from kimi_linear.recipes.bench.cases import Case, cast_inputs, main_cases, sweep_cases
+from kimi_linear.recipes.bench.ceilings import Memory
 from kimi_linear.recipes.bench.record import Row
 from kimi_linear.recipes.bench.selfcheck import able_backends
 from kimi_linear.recipes.bench.timing import Effort, in_turns, spread
@@ -16,6 +17,8 @@ UNIT = "us per token-head per core"
 # States together larger than any last-level cache, so that each one comes from memory and goes back there.
 COLD_BYTES = 2**29
 COLD_BATCHES = (1, 16)
+# The copy that takes turns with the backends.
+COPY = "copy"
 
 
 def ceiling_of(dtype: str) -> str:
@@ -88,18 +91,21 @@ def decode_rows(effort: Effort, H: int = 8, K: int = 128, cold_bytes: int = COLD
     """Yield the rows of one step of N sequences whose states are cold, for every backend, operator and N."""
     state_bytes = 4 * H * K * K
     slots = max(max(COLD_BATCHES), cold_bytes // state_bytes)
-    pool = torch.randn(slots, H, K, K).mul_(0.1)
+    pool, memory = torch.randn(slots, H, K, K).mul_(0.1), Memory()
     for name in ("delta_rule_decode", "kda_core_decode"):
         for N in COLD_BATCHES:
             case = {"operator": name, "N": N, "heads": H, "K": K}
             calls = {backend: cold_pass(name, backend, pool, N) for backend in able_backends(name)}
             few = {backend: cold_pass(name, backend, pool[:N], N) for backend in calls}
             reasons = {backend: why_not(few[backend], backend) for backend in calls}
-            turns = in_turns({backend: call for backend, call in calls.items() if not reasons[backend]}, effort)
+            able = {backend: call for backend, call in calls.items() if not reasons[backend]}
+            turns = in_turns({**able, COPY: memory.copy_once}, effort)
+            ceiling = 2e-9 * memory.size / spread(turns[COPY]).median
             for backend, reason in reasons.items():
                 rates = [2e-9 * state_bytes * (slots // N * N) / s for s in turns.get(backend, [])]
                 row = Row("decode update", f"kimi-linear:{backend}", case, "GB/s", rates, reason=reason)
                 row.achieved, row.ceiling = (spread(rates).median if rates else None), "copy_gigabytes"
+                row.ceiling_rate = ceiling
                 yield row
 
 

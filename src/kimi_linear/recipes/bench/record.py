@@ -26,6 +26,7 @@ class Row:
         values: One reading a turn.
         achieved: The rate at the median in the ceiling's unit (GFLOP/s or GB/s), if one can be said.
         ceiling: Name of the ceiling, or None.
+        ceiling_rate: Its rate where it was measured in turns with the values, because memory's changes by the minute.
         version: Of the engine.
         reason: Empty where there are values, else why there are none.
         extra: Whatever else belongs to it.
@@ -38,6 +39,7 @@ class Row:
     values: list[float] = field(default_factory=list)
     achieved: float | None = None
     ceiling: str | None = None
+    ceiling_rate: float | None = None
     version: str = ""
     reason: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +59,8 @@ class Row:
             made |= {"median": found.median, "low": found.low, "high": found.high, "turns": len(self.values)}
         if self.ceiling and self.achieved is not None:
             made |= {"achieved": self.achieved, "ceiling": self.ceiling}
+            if self.ceiling_rate is not None:
+                made["ceiling_rate"] = self.ceiling_rate
         if self.reason:
             made["reason"] = self.reason
         return {**made, **self.extra}
@@ -69,7 +73,7 @@ def fraction(row: Mapping[str, Any], ceilings: Mapping[str, float]) -> float | N
         >>> fraction({"achieved": 30.0, "ceiling": "copy_gigabytes"}, {"copy_gigabytes": 60.0})
         0.5
     """
-    ceiling = ceilings.get(row.get("ceiling", ""))
+    ceiling = row.get("ceiling_rate") or ceilings.get(row.get("ceiling", ""))
     return row["achieved"] / ceiling if ceiling else None
 
 
