@@ -118,14 +118,14 @@ def bound_work(engine: Engine, work: Work) -> Callable[[], float]:
     return lambda: engine.train(work.batch, work.tokens, "bf16" if work.weights == "bfloat16" else "fp32")
 
 
-def own_seconds(call: Callable[[], float], effort: Effort, advance: Callable[[], None]) -> list[float]:
-    """Return the seconds that a piece of work reports of itself, of the turns that count; `advance` follows each."""
+def own_seconds(call: Callable[[], float], effort: Effort, memory: Memory) -> tuple[list[float], list[float]]:
+    """Return the seconds that a piece of work reports of itself, turn by turn, and memory's rate after each."""
     call()
-    seconds: list[float] = []
+    seconds, rates = list[float](), list[float]()
     while len(seconds) < effort.rounds and sum(seconds) < effort.budget_seconds:
         seconds.append(call())
-        advance()
-    return seconds
+        rates.append(memory.read(READ_SECONDS))
+    return seconds, rates
 
 
 def measure(config: KimiLinearConfig, quick: bool, effort: Effort) -> Iterator[Row]:
@@ -141,8 +141,7 @@ def measure(config: KimiLinearConfig, quick: bool, effort: Effort) -> Iterator[R
             except ConfigError as error:
                 yield rate_row(work, OURS, config, [], reason=str(error))
                 continue
-        rates: list[float] = []
-        seconds = own_seconds(bound_work(engine, work), effort, lambda to=rates: to.append(memory.read(READ_SECONDS)))
+        seconds, rates = own_seconds(bound_work(engine, work), effort, memory)
         yield rate_row(work, OURS, config, seconds, read_rates=rates)
 
 

@@ -15,7 +15,7 @@ from kimi_linear.recipes.bench.timing import FULL, QUICK, Effort
 
 Say = Callable[[str], None]
 PARTS = ("operators", "model", "context", "memory")
-LAYER_EFFORT = Effort(rounds=3, turn_seconds=0.3, budget_seconds=12.0)
+LAYER_EFFORT = Effort(rounds=5, turn_seconds=0.8, budget_seconds=30.0)
 
 
 @dataclass(frozen=True, kw_only=True)
