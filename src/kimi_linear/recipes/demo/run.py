@@ -25,6 +25,7 @@ from kimi_linear.causal_lm import KimiLinearForCausalLM, load_model
 from kimi_linear.evaluation.decode_cost import measure_decode
 from kimi_linear.inference.params import SamplingParams
 from kimi_linear.models.kimi_linear.presets import preset
+from kimi_linear.ops.native import why_unavailable
 from kimi_linear.recipes.demo import plots, report, speed
 from kimi_linear.recipes.train import DataConfig, EvalConfig, RunConfig, RunResult, train
 from kimi_linear.training.callbacks.jsonl import read_metrics
@@ -136,7 +137,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def _samples(config: DemoConfig, result: RunResult) -> list[dict[str, str]]:
-    model = load_model(result.model_dir)
+    model = _served(load_model(result.model_dir))
     tokenizer = Tokenizer.load(result.run_dir)
     samples = []
     for number, prompt in enumerate(PROMPTS):
@@ -149,11 +150,16 @@ def _samples(config: DemoConfig, result: RunResult) -> list[dict[str, str]]:
 
 def _decode(config: DemoConfig, result: RunResult) -> dict[str, Any]:
     """Measure the trained hybrid and a fresh full-attention model: what a step costs does not depend on the weights."""
-    hybrid = load_model(result.model_dir)
-    full = KimiLinearForCausalLM(_full_attention(config, hybrid)).eval()
+    hybrid = _served(load_model(result.model_dir))
+    full = _served(KimiLinearForCausalLM(_full_attention(config, hybrid)).eval())
     contexts = list(config.contexts)
     readings = {"hybrid": measure_decode(hybrid, contexts), "full_attention": measure_decode(full, contexts)}
     return {name: [dataclasses.asdict(reading) for reading in costs] for name, costs in readings.items()}
+
+
+def _served(model: KimiLinearForCausalLM) -> KimiLinearForCausalLM:
+    """Return the model with its weights packed for inference, where there are native kernels."""
+    return model if why_unavailable() else model.prepare_for_inference("float32")
 
 
 def _full_attention(config: DemoConfig, hybrid: KimiLinearForCausalLM) -> Any:
