@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kimi_linear.ops import native
 from support import markdown
 from support.source_tree import ROOT, tracked_files
 
@@ -42,7 +43,8 @@ def test_the_python_of_a_document_runs(document: Path, tmp_path: Path, monkeypat
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in markdown.read_blocks(document):
-        if block.language == "python" and block.not_run is None:
+        can_run = block.not_run is None and not (block.native and native.why_unavailable())
+        if block.language == "python" and can_run:
             run_block(block, name(document), namespace)
 
 

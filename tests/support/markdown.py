@@ -10,25 +10,29 @@ _NOT_RUN = re.compile(r'not-run="(?P<reason>[^"]+)"')
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, its text, its first line's number, and why it is not run, if so."""
+    """One fenced block: its language, text and first line's number, why it is not run, if so, if it needs kernels."""
 
     language: str
     text: str
     line: int
     not_run: str | None
+    native: bool = False
 
 
 def blocks(text: str) -> list[Block]:
     """Return the fenced blocks of a text.
 
-    A block that cannot run here says why on its fence: ```python not-run="downloads 98 GB".
+    A block that cannot run here says why on its fence: ```python not-run="downloads 98 GB". One that only runs with
+    native kernels says ```python native.
     """
     found = []
     for match in _FENCE.finditer(text):
         info = match["info"].strip()
         reason = _NOT_RUN.search(info)
         line = text.count("\n", 0, match.start("body")) + 1
-        found.append(Block(info.split(" ")[0].lower(), match["body"], line, reason["reason"] if reason else None))
+        words = _NOT_RUN.sub("", info).split() or [""]
+        why = reason["reason"] if reason else None
+        found.append(Block(words[0].lower(), match["body"], line, why, "native" in words[1:]))
     return found
 
 
