@@ -1,6 +1,7 @@
 """Does a checkpoint fit a model, and a module its configuration? By every name, shape and dtype, before any tensor."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from kimi_linear.base.errors import CheckpointError
 from kimi_linear.checkpoint.reader import StoredTensor, list_names
 from kimi_linear.checkpoint.writer import DTYPE_NAMES
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
-from kimi_linear.models.kimi_linear.keys import release_tensors
+from kimi_linear.models.kimi_linear.dialects import Move, locate
 from kimi_linear.models.kimi_linear.state_dict import to_release
 
 _ROUTER_BIAS = "e_score_correction_bias"
@@ -43,24 +44,24 @@ def narrow_router_biases(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> d
     return narrowed
 
 
-def check_fits(stored: Mapping[str, StoredTensor], config: KimiLinearConfig, directory: Path) -> list[str]:
-    """Check a checkpoint against its configuration; return the names of the tensors to load.
+def check_fits(stored: Mapping[str, StoredTensor], config: KimiLinearConfig, directory: Path) -> list[Move]:
+    """Check a checkpoint, in the release's layout or another one, against its configuration; return what goes where.
 
     Raises:
         CheckpointError: Tensors are missing, unexpected, of another shape or not floating; lists the first ten each.
     """
-    expected = {name: shape for name, (shape, _) in release_tensors(config).items()}
-    known = {name for name in stored if not _may_be_skipped(name)}
-    both = expected.keys() & known
+    known = {name: tensor for name, tensor in stored.items() if not _may_be_skipped(name)}
+    moves, missing = locate({name: tensor.shape for name, tensor in known.items()}, config)
+    expected = {move.stored: move.shape for move in moves}
     shapes = [
-        f"{name} {list(stored[name].shape)} instead of {list(expected[name])}"
-        for name in both
-        if not _shape_fits(stored[name].shape, expected[name])
+        f"{name} {list(known[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if not _shape_fits(known[name].shape, shape)
     ]
-    dtypes = [f"{name} {stored[name].dtype}" for name in both if stored[name].dtype not in DTYPE_NAMES.values()]
+    dtypes = [f"{name} {known[name].dtype}" for name in expected if known[name].dtype not in DTYPE_NAMES.values()]
     problems = {
-        "missing": expected.keys() - known,
-        "unexpected": known - expected.keys(),
+        "missing": [*missing, *_incomplete(moves)],
+        "unexpected": known.keys() - expected.keys(),
         "of another shape": shapes,
         f"of a dtype other than {', '.join(DTYPE_NAMES.values())}": dtypes,
     }
@@ -70,7 +71,13 @@ def check_fits(stored: Mapping[str, StoredTensor], config: KimiLinearConfig, dir
             f"{directory}: the tensors do not fit config.json: {'; '.join(found)}; "
             "check that it is complete and of this model."
         )
-    return sorted(both)
+    return moves
+
+
+def _incomplete(moves: Sequence[Move]) -> list[str]:
+    """Return the release tensors of which only some rows are stored."""
+    rows = Counter(move.release for move in moves if move.rows is not None)
+    return [f"a part of {name}" for name, count in rows.items() if count != 2]
 
 
 def _may_be_skipped(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Load a model: build it without memory, check everything, then copy tensor by tensor from the mapped files."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ from kimi_linear.checkpoint.layout import check_fits, release_views
 from kimi_linear.checkpoint.reader import StoredTensor, open_shard, stored_tensors
 from kimi_linear.checkpoint.writer import DTYPE_NAMES
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
+from kimi_linear.models.kimi_linear.dialects import Move
 from kimi_linear.models.kimi_linear.model import KimiLinearLM
 
 M = TypeVar("M", bound=KimiLinearLM)
@@ -51,11 +52,11 @@ def load_checkpoint(
     directory = resolve(path)
     config = read_model_json(directory)
     stored = stored_tensors(directory)
-    names = check_fits(stored, config, directory)
+    moves = check_fits(stored, config, directory)
     with torch.device("meta"):
         model = build(config)
     model.to(target or _stored_dtype(stored)).to_empty(device=device)
-    _fill(release_views(model.state_dict(), config), {name: stored[name].file for name in names})
+    _fill(release_views(model.state_dict(), config), moves, {name: stored[name].file for name in stored})
     return model.eval()
 
 
@@ -88,9 +89,21 @@ def _stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
     return next(dtype for dtype, spelled in DTYPE_NAMES.items() if spelled == name)
 
 
-def _fill(views: Mapping[str, Tensor], files: Mapping[str, Path]) -> None:
-    """Copy every named tensor into its view, file by file; each file is unmapped before the next one."""
-    for path, names in groupby(sorted(files, key=lambda name: (files[name], name)), key=files.__getitem__):
+def _fill(views: Mapping[str, Tensor], moves: Iterable[Move], files: Mapping[str, Path]) -> None:
+    """Copy every stored tensor into its views, file by file; each file is unmapped before the next one."""
+    in_order = sorted(moves, key=lambda move: (files[move.stored], move.stored))
+    for path, of_file in groupby(in_order, key=lambda move: files[move.stored]):
         with open_shard(path) as file:
-            for name in names:
-                views[name].copy_(file.get_tensor(name).reshape(views[name].shape))
+            for name, of_tensor in groupby(of_file, key=lambda move: move.stored):
+                tensor = file.get_tensor(name)
+                for move in of_tensor:
+                    _copy(tensor, views[move.release], move)
+
+
+def _copy(tensor: Tensor, view: Tensor, move: Move) -> None:
+    # Axes of size 1 come and go between layouts, so an index counts in the shape that the move names.
+    piece = tensor.reshape(move.shape)[move.take]
+    piece = piece.transpose(-1, -2) if move.swap else piece
+    if move.rows is not None:
+        view = view.view(move.groups, -1, *view.shape[1:])[:, move.rows]
+    view.copy_(piece.reshape(view.shape))

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from kimi_linear.base.errors import KimiLinearError
-from kimi_linear.cli import bench, demo, doctor, generate, train
+from kimi_linear.cli import bench, demo, doctor, generate, inspect, plan, train
 
 app = typer.Typer(
     name="kimi-linear",
@@ -19,6 +19,8 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
+app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
 
 
 def _version(wanted: bool) -> None:
