@@ -170,23 +170,10 @@ def kda_core_cpu_backward(
 
 
 @delta_rule_cpu_backward.register_fake
-def _fake_backward(
-    d_o: Tensor,
-    d_final: Tensor,
-    q: Tensor,
-    k: Tensor,
-    erase_key: Tensor | None,
-    write_value: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    read: str,
-    beta: Tensor | None,
-    boundaries: Tensor,
-) -> tuple[Tensor, ...]:
-    found = fake_backward(d_o, d_final, q, k, erase_key, write_value, log_decay)
-    return *found, torch.empty_like(_or_empty(beta, q), memory_format=torch.contiguous_format)
+def _fake_backward(d_o: Tensor, d_final: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, beta, _boundaries = rest
+    like_beta = torch.empty_like(_or_empty(beta, q), memory_format=torch.contiguous_format)
+    return *fake_backward(d_o, d_final, q, *rest), like_beta
 
 
 @kda_core_cpu_backward.register_fake
