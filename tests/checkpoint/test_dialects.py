@@ -155,6 +155,18 @@ def test_what_is_wrong_is_said_by_name(saved, tmp_path, layout, change, said):
         KimiLinearForCausalLM.from_pretrained(changed)
 
 
+def test_experts_stacked_in_two_ways_are_refused(saved, tmp_path):
+    """Both explain every expert, so none is missing and none left over."""
+    model, directory = saved
+
+    def both(tensors):
+        one, other = as_transformers_holds(tensors, model.config), as_mlx(tensors, model.config)
+        return one | {n: x for n, x in other.items() if "switch_mlp" in n}
+
+    with pytest.raises(CheckpointError, match="48 stored twice, in different layouts"):
+        KimiLinearForCausalLM.from_pretrained(rewritten(directory, tmp_path / "m", both))
+
+
 def test_a_tensor_given_in_two_layouts_is_refused(saved, tmp_path):
     model, directory = saved
     changed = rewritten(directory, tmp_path / "m", lambda t: {**t, **as_transformers_holds(t, model.config)})

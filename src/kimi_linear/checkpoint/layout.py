@@ -61,6 +61,7 @@ def check_fits(stored: Mapping[str, StoredTensor], config: KimiLinearConfig, dir
     dtypes = [f"{name} {known[name].dtype}" for name in expected if known[name].dtype not in DTYPE_NAMES.values()]
     problems = {
         "missing": [*missing, *_incomplete(moves)],
+        "stored twice, in different layouts": _repeated(moves),
         "unexpected": known.keys() - expected.keys(),
         "of another shape": shapes,
         f"of a dtype other than {', '.join(DTYPE_NAMES.values())}": dtypes,
@@ -72,6 +73,12 @@ def check_fits(stored: Mapping[str, StoredTensor], config: KimiLinearConfig, dir
             "check that it is complete and of this model."
         )
     return moves
+
+
+def _repeated(moves: Sequence[Move]) -> list[str]:
+    """Return the release tensors that several stored tensors claim to be."""
+    whole = Counter((move.release, move.rows and move.rows.start) for move in moves)
+    return [release for (release, _), count in whole.items() if count > 1]
 
 
 def _incomplete(moves: Sequence[Move]) -> list[str]:
