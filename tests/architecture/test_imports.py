@@ -13,6 +13,7 @@ from support.source_tree import PACKAGE, ROOT, Module, modules
 RANKS = {
     "base": 0,
     "ops": 1,
+    "text": 1,
     "nn": 2,
     "models": 3,
     "checkpoint": 4,
@@ -39,7 +40,6 @@ ENGINES = {
     "fla",
     "flash_attn",
     "flashinfer",
-    "gguf",
     "liger_kernel",
     "lightning",
     "llama_cpp",

@@ -13,7 +13,7 @@ TARGETS = re.findall(r"^([a-z-]+):(?!=)", MAKEFILE, re.MULTILINE)
 
 def test_tests_mirror_the_source() -> None:
     """A folder of tests that mirrors no layer and is no shared one is a typing error."""
-    layers = {"base", "ops", "nn", "models", "checkpoint", "training", "conversion", "inference", "evaluation"}
+    layers = {"base", "ops", "text", "nn", "models", "checkpoint", "training", "conversion", "inference", "evaluation"}
     outer = {"recipes", "cli", "integrations", "compat"}
     shared = {"architecture", "benchmarks", "contracts", "examples", "golden", "support"}
     folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/*.py")}
