@@ -1,4 +1,4 @@
-"""Imports go one way: base <- ops <- nn <- models <- checkpoint <- four siblings <- recipes <- cli, integrations."""
+"""Imports go one way: base <- ops, text <- nn <- models <- checkpoint <- four siblings <- recipes <- integrations <- cli."""
 
 import ast
 import sys
@@ -23,9 +23,9 @@ RANKS = {
     "evaluation": 5,
     "recipes": 6,
     "package": 7,  # kimi_linear/__init__.py: the public names, taken from any layer above
-    "cli": 8,
     "integrations": 8,
     "compat": 8,
+    "cli": 9,
 }
 # Modules directly in the package, and the layer each belongs to.
 SINGLE_MODULES = {"causal_lm": "recipes"}
@@ -116,7 +116,8 @@ def test_imports_point_left(module: Module) -> None:
         ("kimi_linear.nn.decoder", "import importlib\nimportlib.import_module('kimi_linear.recipes')"),
         ("kimi_linear.inference.generate", "from kimi_linear.causal_lm import KimiLinearForCausalLM"),
         ("kimi_linear.compat.fla", "from kimi_linear.nn import state"),
-        ("kimi_linear.cli.train", "import kimi_linear.integrations"),
+        ("kimi_linear.integrations.x", "import kimi_linear.cli"),
+        ("kimi_linear.text.chat", "from kimi_linear.checkpoint import hub"),
     ],
 )
 def test_the_import_check_sees_a_violation(name: str, text: str) -> None:
@@ -130,6 +131,7 @@ def test_the_import_check_sees_a_violation(name: str, text: str) -> None:
         ("kimi_linear.causal_lm", "from kimi_linear.inference import generate"),
         ("kimi_linear.compat.fla", "from kimi_linear.ops import kda"),
         ("kimi_linear.cli.train", "from kimi_linear import recipes"),
+        ("kimi_linear.cli.compare", "from kimi_linear.integrations import x"),
         ("kimi_linear.nn.mixers.kda.layer", "from . import config\nfrom ...state import KDAState"),
     ],
 )
