@@ -4,7 +4,6 @@ Every engine has a process of its own that holds the model; they take turns. Bef
 short prompt are compared: nothing is timed on a model that is not the same one.
 """
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from kimi_linear import KimiLinearForCausalLM, preset
+from kimi_linear.checkpoint.gguf.export import GGUFType, export_gguf
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.recipes.bench.ceilings import Memory
 from kimi_linear.recipes.bench.engine import build, named_config
@@ -27,7 +27,7 @@ from processes import Worker, WorkerError
 
 SCRIPT = "engine_worker.py"
 OURS, TRANSFORMERS, LLAMA, XLLAMA = "kimi-linear", "transformers", "llama.cpp", "xllamacpp"
-GGUF_KINDS = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
+GGUF_KINDS: dict[str, GGUFType] = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 PROMPT = 48
 CONTEXT = 8192
 # Part of the free memory for an engine that runs while no other does.
@@ -72,18 +72,15 @@ def perturb(model: KimiLinearForCausalLM) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def write_models(name: str, folder: Path, python: Path | None, kinds: Sequence[str]) -> Models:
-    """Write the checkpoint of a preset with random weights, and its GGUF files if there is a package to do it."""
+def write_models(name: str, folder: Path, kinds: Sequence[GGUFType]) -> Models:
+    """Write the checkpoint of a preset with random weights, and its GGUF files of some types."""
     checkpoint, stem = folder / "checkpoint", str(folder / "model")
     model = build(preset(name))
     perturb(model)
     model.save_pretrained(checkpoint)
-    if python is not None:
-        script = Path(__file__).with_name("gguf_files.py")
-        for kind in kinds:
-            command = [python, script, checkpoint, f"{stem}-{kind}.gguf", "--type", kind]
-            subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
-    return Models(checkpoint, "" if python is None else stem, named_config(name))
+    for kind in kinds:
+        export_gguf(checkpoint, f"{stem}-{kind}.gguf", kind)
+    return Models(checkpoint, stem if kinds else "", named_config(name))
 
 
 def start(engine: str, models: Models, weights: str | None, peers: Peers, share: float = 2 / 3) -> Worker:

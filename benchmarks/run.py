@@ -23,6 +23,7 @@ import peers
 import report
 from aims import verdicts
 from kimi_linear.base.files import atomic_file
+from kimi_linear.checkpoint.gguf.export import GGUFType
 from kimi_linear.recipes.bench import ceilings, context, machine, memory, models
 from kimi_linear.recipes.bench.engine import named_config
 from kimi_linear.recipes.bench.operators import decode_rows, sweep
@@ -95,7 +96,7 @@ def sections(parts: list[str], written: engines.Models, found: peers.Peers, quic
         yield from memory_rows(written, found, quick)
 
 
-def gguf_kinds(found: peers.Peers, parts: list[str]) -> list[str]:
+def gguf_kinds(found: peers.Peers, parts: list[str]) -> list[GGUFType]:
     """Return the kinds of GGUF files a run needs."""
     return list(engines.GGUF_KINDS.values()) if found.python and "model" in parts else []
 
@@ -116,7 +117,7 @@ def measure(
 ) -> tuple[str, dict[str, Any]]:
     """Check and measure; return why nothing was measured, or "", and the record."""
     print("writing the model that every engine reads", flush=True)
-    written = engines.write_models(MODEL, folder, found.python, gguf_kinds(found, arguments.parts))
+    written = engines.write_models(MODEL, folder, gguf_kinds(found, arguments.parts))
     print("comparing the peers' results with ours", flush=True)
     differences, agreement = check(found, written, arguments)
     if differences:

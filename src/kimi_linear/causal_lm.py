@@ -11,7 +11,8 @@ from torch import Generator, Tensor
 from kimi_linear.base.config import check_keys
 from kimi_linear.base.errors import ConfigError
 from kimi_linear.checkpoint.configs import read_end_tokens
-from kimi_linear.checkpoint.hub import resolve
+from kimi_linear.checkpoint.gguf.read import read_gguf_end_tokens
+from kimi_linear.checkpoint.hub import is_gguf, resolve
 from kimi_linear.checkpoint.load import load_checkpoint
 from kimi_linear.checkpoint.save import save_checkpoint
 from kimi_linear.inference import generate as generation
@@ -62,9 +63,10 @@ class KimiLinearForCausalLM(KimiLinearLM):
         """Return the model of a checkpoint, in evaluation mode.
 
         Args:
-            path: A checkpoint directory, or a hub name whose files are in the local cache; nothing is downloaded.
-            dtype: Of the weights, "bfloat16" for instance; default: as stored. Decay rates, gate biases and router
-                biases stay float32.
+            path: A checkpoint directory, a GGUF file (with the package gguf), or a hub name whose files are in the
+                local cache; nothing is downloaded.
+            dtype: Of the weights, "bfloat16" for instance; default: as stored, float32 for a GGUF file with scales.
+                Decay rates, gate biases and router biases stay float32.
             device: Where the weights go. Peak memory there is the model itself.
             weights: Prepare the model for inference with weights of that kind; see `prepare_for_inference`.
             keep_weights: As there.
@@ -75,7 +77,7 @@ class KimiLinearForCausalLM(KimiLinearLM):
             DeviceError: No such device here.
         """
         directory = resolve(path)
-        end_token_ids = read_end_tokens(directory)
+        end_token_ids = read_gguf_end_tokens(directory) if is_gguf(directory) else read_end_tokens(directory)
         model = load_checkpoint(directory, cls, dtype=dtype, device=device)
         model.end_token_ids = tuple(sorted({*model.end_token_ids, *end_token_ids}))
         return model if weights is None else model.prepare_for_inference(weights, keep_weights=keep_weights)

@@ -1,4 +1,4 @@
-"""Imports go one way: base <- ops, text <- nn <- models <- checkpoint <- four siblings <- recipes <- integrations <- cli."""
+"""Imports go one way: base <- ops, text <- nn <- models <- checkpoint <- four siblings <- recipes and outwards."""
 
 import ast
 import sys

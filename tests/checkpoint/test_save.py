@@ -32,12 +32,12 @@ def fill_the_disk_after(monkeypatch, shards):
     write_shard = writer.write_shard
     written = []
 
-    def failing(path, tensors):
+    def failing(path, *tensors):
         if len(written) == shards:
             path.write_bytes(b"half a header")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         written.append(path)
-        write_shard(path, tensors)
+        write_shard(path, *tensors)
 
     monkeypatch.setattr(writer, "write_shard", failing)
 
@@ -61,7 +61,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_as_it_was(tmp_path, monkeypatch, 
 
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch, model):
-    def interrupted(path, tensors):
+    def interrupted(path, *tensors):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 

@@ -135,3 +135,37 @@ def test_truncated_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "model.safetensors" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_export_writes_every_format(trained: Path, tmp_path: Path) -> None:
+    model = str(trained / "model")
+    done = run("export", model, str(tmp_path / "model.gguf"), "--type", "q8_0")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'model.gguf'}: ")
+    assert lines[0].endswith("q8_0")
+    assert "rows of no whole blocks and stay f32" in lines[1]
+    assert len(lines) == 2
+    for format in ("mlx", "release"):
+        done = run("export", model, str(tmp_path / format), "--format", format, "--type", "bf16")
+        assert done.returncode == 0, done.stderr
+        assert "bytes in 1 files of tensors" in done.stdout
+        assert (tmp_path / format / "tokenizer.json").is_file()
+    given = ["--prompt", "the quick", "--max-new-tokens", "4", "--seed", "3", "--dtype", "float32"]
+    assert (
+        run("generate", str(tmp_path / "mlx"), *given).stdout
+        == run("generate", str(tmp_path / "release"), *given).stdout
+    )
+
+
+def test_export_refuses_what_it_does_not_know(trained: Path, tmp_path: Path) -> None:
+    model, target = str(trained / "model"), str(tmp_path / "out")
+    for options, sentence in (
+        (["--format", "onnx"], "gguf, mlx, release"),
+        (["--format", "mlx", "--type", "q8_0"], "type is 'q8_0', expected f32 or bf16"),
+        (["--type", "q9"], "q4_0"),
+    ):
+        done = run("export", model, target, *options)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert sentence in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -18,20 +18,18 @@ import torch
 from kimi_linear.models.kimi_linear.presets import preset
 from kimi_linear.recipes.bench import models
 from kimi_linear.recipes.bench.cases import Case
-from kimi_linear.recipes.bench.engine import build, prompt
+from kimi_linear.recipes.bench.engine import prompt
 from kimi_linear.recipes.bench.operators import operator_row
 from kimi_linear.recipes.bench.record import SCHEMA, Row, save, to_json
 from support.source_tree import ROOT
 
 FOLDER = ROOT / "benchmarks"
-# These need packages that only the peers' environment has.
-PEERS_ONLY = {"gguf_files"}
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[dict[str, ModuleType]]:
     """The benchmark scripts as modules; they find each other in their own folder, as when run."""
-    names = [path.stem for path in FOLDER.glob("*.py") if path.stem not in PEERS_ONLY]
+    names = [path.stem for path in FOLDER.glob("*.py")]
     sys.path.insert(0, str(FOLDER))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -133,7 +131,7 @@ def test_missing_peers_become_rows_with_the_reason(bench: dict[str, ModuleType],
 
 def test_a_missing_engine_is_a_row_with_the_reason(bench: dict[str, ModuleType], tmp_path: Path) -> None:
     engines, absent = bench["engines"], bench["peers"].Peers(None, "no network", "no network")
-    written = engines.write_models("tiny", tmp_path, None, ())
+    written = engines.write_models("tiny", tmp_path, ())
     assert (written.checkpoint / "config.json").exists()
     assert engines.disagreements(written, absent, tokens=8)[0] == []
     row = engines.training_memory(written, absent, 64)
@@ -142,7 +140,7 @@ def test_a_missing_engine_is_a_row_with_the_reason(bench: dict[str, ModuleType],
 
 def test_our_engine_does_its_work_in_a_process(bench: dict[str, ModuleType], tmp_path: Path) -> None:
     engines, absent = bench["engines"], bench["peers"].Peers(None, "no network", "no network")
-    written = engines.write_models("tiny", tmp_path, None, ())
+    written = engines.write_models("tiny", tmp_path, ())
     with engines.start("kimi-linear", written, "float32", absent) as worker:
         for work in (models.Work("prefill", "float32", 8), models.Work("decode", "float32", 4, steps=2)):
             assert worker.ask(60, **engines.request(work)) > 0
@@ -181,53 +179,6 @@ def test_logits_that_differ_are_a_sentence(
     assert sentences == ["llama.cpp and kimi-linear differ in the logits by 1.0e-02, allowed 1e-03"]
     assert found["xllamacpp"]["relative_error"] < 1e-12
     assert found["transformers"]["same_first_choice"] == 1.0
-
-
-def peers_python() -> Path:
-    """The interpreter that has the peers, if somebody has run `make bench` here."""
-    python = ROOT / ".venv-peers" / "bin" / "python"
-    probe = [str(python), "-c", "import gguf, safetensors"]
-    if not python.exists() or subprocess.run(probe, capture_output=True).returncode != 0:
-        pytest.skip("the peers are not installed; python benchmarks/peers.py does it")
-    return python
-
-
-@pytest.mark.parametrize("kind", ["f32", "q8_0"])
-def test_a_gguf_file_holds_the_checkpoint(bench: dict[str, ModuleType], tmp_path: Path, kind: str) -> None:
-    python = peers_python()
-    config = preset("tiny")
-    model = build(config)
-    model.save_pretrained(tmp_path / "checkpoint")
-    script, target = FOLDER / "gguf_files.py", tmp_path / "model.gguf"
-    subprocess.run([python, script, tmp_path / "checkpoint", target, "--type", kind], check=True, capture_output=True)
-    read = (
-        "import gguf, json, numpy as np, sys; r = gguf.GGUFReader(sys.argv[1]); "
-        "np.savez(sys.argv[2], **{t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in r.tensors}); "
-        "f = r.fields; n = 'kimi-linear.attention.head_count_kv'; "
-        "print(json.dumps([f['general.architecture'].contents(), f[n].contents(), "
-        "f['kimi-linear.kda.head_dim'].contents()]))"
-    )
-    done = subprocess.run([python, "-c", read, target, tmp_path / "t.npz"], check=True, capture_output=True, text=True)
-    assert json.loads(done.stdout) == ["kimi-linear", [0, 0, 0, 1], 16]
-    tensors = np.load(tmp_path / "t.npz")
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    allowed = 0.0 if kind == "f32" else 0.01
-
-    def close(name: str, expected: np.ndarray, tolerance: float = allowed) -> None:
-        found = tensors[name].reshape(expected.shape)
-        assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max(), name
-
-    close("token_embd.weight", state["model.embed_tokens.weight"])
-    close("blk.0.ffn_down.weight", state["model.layers.0.mlp.down_proj.weight"])
-    close("blk.1.ssm_a", -np.exp(state["model.layers.1.self_attn.A_log"]), 1e-6)
-    close("blk.2.ssm_conv1d_q.weight", state["model.layers.2.self_attn.q_conv1d.weight"], 0.0)
-    close("blk.1.ffn_gate_exps.weight", state["model.layers.1.mlp.experts.w1"])
-    close("blk.1.ffn_down_exps.weight", state["model.layers.1.mlp.experts.w2"])
-    key_value = state["model.layers.3.self_attn.kv_b_proj.weight"].reshape(4, 64, 16)
-    close("blk.3.attn_k_b.weight", key_value[:, :32].transpose(0, 2, 1))
-    close("blk.3.attn_v_b.weight", key_value[:, 32:])
-    # Every weight of the module is somewhere: only kv_b_proj became two.
-    assert sum(tensor.size for tensor in tensors.values()) == config.parameters()
 
 
 def test_the_engines_read_the_same_prompt(bench: dict[str, ModuleType]) -> None:

@@ -100,12 +100,12 @@ STORED = {
 }
 
 
-def lively_model(name: str) -> KimiLinearForCausalLM:
-    """Return a model of one of the shapes in its dtype, whose every parameter matters to the result.
+def lively_model(name: str, config: KimiLinearConfig | None = None) -> KimiLinearForCausalLM:
+    """Return a model of one of the shapes, or of a variant of it, in its dtype; every parameter matters to the result.
 
     Matrices keep the size of what they multiply; norms are not one, router biases decide, and decays differ.
     """
-    config = AWKWARD[name]
+    config = config or AWKWARD[name]
     model = KimiLinearForCausalLM(config, generator=torch.Generator().manual_seed(7))
     draw = torch.Generator().manual_seed(sum(map(ord, name)))
     with torch.no_grad():

@@ -10,20 +10,22 @@ _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 def resolve(path_or_name: str | os.PathLike[str]) -> Path:
-    """Return the directory of a checkpoint. Never uses the network.
+    """Return the directory of a checkpoint, or a GGUF file as it is. Never uses the network.
 
     Args:
-        path_or_name: A directory, or a name such as "moonshotai/Kimi-Linear-48B-A3B-Instruct" whose files
+        path_or_name: A directory, a GGUF file, or a name such as "moonshotai/Kimi-Linear-48B-A3B-Instruct" whose files
             `hf download` has put into the cache (HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub).
 
     Raises:
         CheckpointError: Neither a directory nor in the cache.
     """
     path = Path(path_or_name).expanduser()
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return path
     if path.exists():
-        raise CheckpointError(f"{path} is a file, expected the directory that holds config.json and the safetensors.")
+        raise CheckpointError(
+            f"{path} is a file, expected the directory that holds config.json and the safetensors, or a .gguf file."
+        )
     name = str(path_or_name)
     if not re.fullmatch(rf"{_PART}/{_PART}", name):
         raise CheckpointError(f"{path} does not exist; give the directory of a saved model.")
@@ -34,6 +36,11 @@ def resolve(path_or_name: str | os.PathLike[str]) -> Path:
             f"download it first (hf download {name}), or give a directory."
         )
     return snapshot
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is a file with the suffix .gguf."""
+    return path.suffix == ".gguf" and path.is_file()
 
 
 def cache_directory() -> Path:

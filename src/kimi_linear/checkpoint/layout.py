@@ -1,7 +1,7 @@
 """Does a checkpoint fit a model, and a module its configuration? By every name, shape and dtype, before any tensor."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -96,3 +96,26 @@ def _shape_fits(given: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     # Both spellings of A_log ([1, 1, H, 1] and [H]) and of convolution weights ([D, 1, W] and [D, W]) are in use.
     without_ones = tuple(size for size in expected if size != 1)
     return given == expected or (len(expected) > 2 and given == without_ones)
+
+
+def piece_of_stored(tensor: Tensor, move: Move) -> Tensor:
+    """Return a stored tensor's piece, a view in the axes of the release."""
+    # Axes of size 1 come and go between layouts, so an index counts in the shape that the move names.
+    piece = tensor.reshape(move.shape)[move.take]
+    return piece.transpose(-1, -2) if move.swap else piece
+
+
+def part_of_release(tensor: Tensor, move: Move) -> Tensor:
+    """Return the part of a release tensor that a stored piece is, a view."""
+    return tensor if move.rows is None else tensor.view(move.groups, -1, *tensor.shape[1:])[:, move.rows]
+
+
+def join_pieces(shape: tuple[int, ...], moves: list[Move], stored: Callable[[str], Tensor]) -> Tensor:
+    """Return a release tensor from the stored tensors that hold it, each asked for by name."""
+    pieces = [(move, piece_of_stored(stored(move.stored), move)) for move in moves]
+    if moves[0].rows is None:
+        return pieces[0][1].reshape(shape)
+    tensor = torch.empty(shape, dtype=pieces[0][1].dtype)
+    for move, piece in pieces:
+        part_of_release(tensor, move).copy_(piece)
+    return tensor

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kimi_linear.base.errors import DeviceError, DtypeError
 from kimi_linear.checkpoint.configs import read_model_json
-from kimi_linear.checkpoint.hub import resolve
-from kimi_linear.checkpoint.layout import check_fits, release_views
+from kimi_linear.checkpoint.gguf.read import open_gguf
+from kimi_linear.checkpoint.hub import is_gguf, resolve
+from kimi_linear.checkpoint.layout import check_fits, part_of_release, piece_of_stored, release_views
 from kimi_linear.checkpoint.reader import StoredTensor, open_shard, stored_tensors
 from kimi_linear.checkpoint.writer import DTYPE_NAMES
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
@@ -37,7 +38,8 @@ def load_checkpoint(
     its place. Decay rates, gate biases and router biases stay float32.
 
     Args:
-        path: A checkpoint directory, or a hub name whose files are in the local cache. The network is never used.
+        path: A checkpoint directory, a GGUF file, or a hub name whose files are in the local cache. The network is
+            never used.
         build: The model's class.
         dtype: Of the weights, "bfloat16" for instance; default: as stored.
         device: Where the weights go.
@@ -50,6 +52,8 @@ def load_checkpoint(
     target = torch_dtype(dtype)
     _check_device(device)
     directory = resolve(path)
+    if is_gguf(directory):
+        return _load_gguf(directory, build, target, device)
     config = read_model_json(directory)
     stored = stored_tensors(directory)
     moves = check_fits(stored, config, directory)
@@ -57,6 +61,18 @@ def load_checkpoint(
         model = build(config)
     model.to(target or _stored_dtype(stored)).to_empty(device=device)
     _fill(release_views(model.state_dict(), config), moves, {name: stored[name].file for name in stored})
+    return model.eval()
+
+
+def _load_gguf(
+    path: Path, build: Callable[[KimiLinearConfig], M], dtype: torch.dtype | None, device: str | torch.device
+) -> M:
+    file = open_gguf(path)
+    with torch.device("meta"):
+        model = build(file.config)
+    model.to(dtype or file.dtype).to_empty(device=device)
+    for name, view in release_views(model.state_dict(), file.config).items():
+        view.copy_(file.read(name))
     return model.eval()
 
 
@@ -101,9 +117,5 @@ def _fill(views: Mapping[str, Tensor], moves: Iterable[Move], files: Mapping[str
 
 
 def _copy(tensor: Tensor, view: Tensor, move: Move) -> None:
-    # Axes of size 1 come and go between layouts, so an index counts in the shape that the move names.
-    piece = tensor.reshape(move.shape)[move.take]
-    piece = piece.transpose(-1, -2) if move.swap else piece
-    if move.rows is not None:
-        view = view.view(move.groups, -1, *view.shape[1:])[:, move.rows]
-    view.copy_(piece.reshape(view.shape))
+    part = part_of_release(view, move)
+    part.copy_(piece_of_stored(tensor, move).reshape(part.shape))

@@ -12,7 +12,7 @@ from kimi_linear.base.errors import CheckpointError
 from kimi_linear.base.files import atomic_directory
 from kimi_linear.checkpoint.configs import CONFIG_NAME, GENERATION_NAME, generation_json, model_json
 from kimi_linear.checkpoint.layout import narrow_router_biases, release_views
-from kimi_linear.checkpoint.writer import parse_size, write_tensors
+from kimi_linear.checkpoint.writer import explain_write_errors, parse_size, write_tensors
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -53,21 +53,16 @@ def save_checkpoint(
     tensors = narrow_router_biases(tensors, dtype)
     # A kept file may be a link, so what is written anew must not be among them.
     written = {CONFIG_NAME, GENERATION_NAME} | ({TOKENIZER_NAME} if tokenizer_file is not None else set())
-    try:
+    with explain_write_errors(target):
         kept = [file for file in _existing_files(target) if file.name not in written and not _is_weights(file.name)]
         with atomic_directory(target) as directory:
             for file in kept:
                 _link_or_copy(file, directory / file.name)
             if tokenizer_file is not None:
                 shutil.copyfile(tokenizer_file, directory / TOKENIZER_NAME)
-            _write_json(directory / CONFIG_NAME, model_json(config, str(dtype).removeprefix("torch.")))
-            _write_json(directory / GENERATION_NAME, generation_json(config, end_token_ids))
+            write_json(directory / CONFIG_NAME, model_json(config, str(dtype).removeprefix("torch.")))
+            write_json(directory / GENERATION_NAME, generation_json(config, end_token_ids))
             write_tensors(directory, tensors, limit)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot save to {target}: {error.strerror or error}"
-            f"{f' ({error.filename})' if error.filename else ''}; what was there before is unchanged."
-        ) from error
 
 
 def _existing_files(target: Path) -> list[Path]:
@@ -104,5 +99,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write one JSON file, indented."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

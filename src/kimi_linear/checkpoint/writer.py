@@ -7,7 +7,8 @@ https://github.com/huggingface/safetensors#format
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,26 @@ def split_shards(tensors: Mapping[str, Tensor], max_shard_size: int) -> list[dic
     return shards
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_size: int) -> None:
+# The parts of a tensor by its name, in the order of its bytes.
+Pieces = Callable[[str], Iterable[Tensor]]
+
+
+def write_tensors(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    max_shard_size: int,
+    *,
+    pieces: Pieces | None = None,
+    made_for: str = "pt",
+) -> None:
     """Write the shards, and the index if there is more than one, into an existing directory.
 
     Args:
         directory: Where to write; nothing else in it is touched.
         tensors: By checkpoint name; views cost nothing, a tensor is copied only while it is written.
         max_shard_size: Bytes of tensors in a shard.
+        pieces: Where the bytes come from, if `tensors` only give shapes and dtypes (on the meta device, for instance).
+        made_for: The framework that the header names: "pt", or "mlx".
 
     Raises:
         OSError: The disk is full or not writable; what was written stays, so write into a temporary directory.
@@ -75,12 +89,12 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_size
     """
     shards = split_shards(tensors, max_shard_size)
     if len(shards) == 1:
-        write_shard(directory / SINGLE_NAME, shards[0])
+        write_shard(directory / SINGLE_NAME, shards[0], pieces, made_for)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(directory / file_name, shard)
+        write_shard(directory / file_name, shard, pieces, made_for)
         weight_map.update(dict.fromkeys(shard, file_name))
     metadata = {
         "total_size": sum(tensor.nbytes for tensor in tensors.values()),
@@ -90,20 +104,37 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_size
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file."""
+def write_shard(path: Path, tensors: Mapping[str, Tensor], pieces: Pieces | None = None, made_for: str = "pt") -> None:
+    """Write one safetensors file; arguments as for `write_tensors`."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header = _header(ordered)
+    header = _header(ordered, made_for)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
-        for _, tensor in ordered:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+        for name, tensor in ordered:
+            for piece in [tensor] if pieces is None else pieces(name):
+                file.write(as_bytes(piece))
 
 
-def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes; a view of it where it lies on the CPU without gaps."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def explain_write_errors(target: Path) -> Iterator[None]:
+    """Turn the operating system's errors inside into a CheckpointError about saving to `target`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot save to {target}: {error.strerror or error}"
+            f"{f' ({error.filename})' if error.filename else ''}; what was there before is unchanged."
+        ) from error
+
+
+def _header(tensors: list[tuple[str, Tensor]], made_for: str) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": made_for}}
     offset = 0
     for name, tensor in tensors:
         if tensor.dtype not in DTYPE_NAMES:

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from kimi_linear.base.errors import KimiLinearError
-from kimi_linear.cli import bench, demo, doctor, generate, inspect, plan, train
+from kimi_linear.cli import bench, demo, doctor, export, generate, inspect, plan, train
 
 app = typer.Typer(
     name="kimi-linear",
@@ -19,6 +19,7 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
+app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
 

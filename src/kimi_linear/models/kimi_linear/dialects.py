@@ -49,13 +49,13 @@ class Move:
     rows: slice | None = None
 
 
-# A release name and its name elsewhere; the tensor is the same, up to axes of size 1.
+# A release name, its name elsewhere and where that is; the tensor is the same, up to axes of size 1.
 _RENAMED = (
-    (re.compile(r"\.self_attn\.(f_[ab]_proj\.weight|dt_bias|A_log)$"), r".self_attn.forget_gate.\1", TRANSFORMERS),
-    (re.compile(r"\.mlp\.((?:gate|up|down)_proj\.weight)$"), r".block_sparse_moe.\1", TRANSFORMERS),
-    (re.compile(r"\.block_sparse_moe\."), ".mlp.", TRANSFORMERS),
-    (re.compile(r"\.block_sparse_moe\.gate\.(e_score_correction_bias)$"), r".mlp.\1", MLX),
-    (re.compile(r"\.self_attn\.([qkv])_conv1d\.weight$"), r".self_attn.\1_conv.conv.weight", MLX),
+    (re.compile(r"\.self_attn\.(f_[ab]_proj\.weight|dt_bias|A_log)$"), r".self_attn.forget_gate.\1", (TRANSFORMERS,)),
+    (re.compile(r"\.mlp\.((?:gate|up|down)_proj\.weight)$"), r".block_sparse_moe.\1", (TRANSFORMERS,)),
+    (re.compile(r"\.block_sparse_moe\.gate\.(e_score_correction_bias)$"), r".mlp.\1", (MLX,)),
+    (re.compile(r"\.block_sparse_moe\."), ".mlp.", (TRANSFORMERS, MLX)),
+    (re.compile(r"\.self_attn\.([qkv])_conv1d\.weight$"), r".self_attn.\1_conv.conv.weight", (MLX,)),
 )
 
 
@@ -82,13 +82,31 @@ def locate(stored: Mapping[str, Shape], config: KimiLinearConfig) -> tuple[list[
     return moves, missing
 
 
+def moves_into(layout: str, config: KimiLinearConfig) -> list[Move]:
+    """Return what every tensor of the release's or of mlx-lm's layout is made of, its pieces in their order.
+
+    Example:
+        >>> from kimi_linear.models.kimi_linear.presets import preset
+        >>> [move.release[-19:] for move in moves_into(MLX, preset("tiny")) if "1.mlp.switch_mlp.up" in move.stored][:2]
+        ['experts.0.w3.weight', 'experts.1.w3.weight']
+    """
+    moves = [move for move in _joined(config) if move.dialect == layout]
+    joined = {move.release for move in moves}
+    for name, (shape, _) in release_tensors(config).items():
+        if name not in joined:
+            spelled = list(_spellings(name, shape))
+            moves.append(next((move for move in spelled if move.dialect == layout), spelled[0]))
+    return moves
+
+
 def _spellings(name: str, shape: Shape) -> Iterator[Move]:
     """Yield the tensor under its release name, then under those of other layouts."""
     yield Move(name, shape, name)
-    for pattern, replacement, dialect in _RENAMED:
+    for pattern, replacement, dialects in _RENAMED:
         if pattern.search(name):
             other = (shape[0], shape[2], 1) if name.endswith("_conv1d.weight") else shape
-            yield Move(pattern.sub(replacement, name), other, name, dialect)
+            for dialect in dialects:
+                yield Move(pattern.sub(replacement, name), other, name, dialect)
 
 
 def _joined(config: KimiLinearConfig) -> Iterator[Move]:
