@@ -19,6 +19,7 @@ from kimi_linear.inference import generate as generation
 from kimi_linear.inference.native.engine import NativeModel
 from kimi_linear.inference.params import SamplingParams
 from kimi_linear.inference.prompts import PromptIds, pad_left, read_prompts
+from kimi_linear.inference.streamed import StreamedModel, open_streamed
 from kimi_linear.inference.text import TokenDecoder
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.model import KimiLinearLM, ModelOutput
@@ -46,9 +47,10 @@ class KimiLinearForCausalLM(KimiLinearLM):
     def __init__(self, config: KimiLinearConfig, *, generator: Generator | None = None) -> None:
         super().__init__(config, generator=generator)
         self.end_token_ids = generation.end_tokens(config)
-        self._native: NativeModel | None = None
+        # What runs calls in place of the modules, if anything does.
+        self._engine: NativeModel | StreamedModel | None = None
         # Whether the call under way runs on it.
-        self._runs_native = False
+        self._runs_engine = False
 
     @classmethod
     def from_pretrained(
@@ -59,6 +61,7 @@ class KimiLinearForCausalLM(KimiLinearLM):
         *,
         weights: WeightFormat | None = None,
         keep_weights: bool = True,
+        stream_weights: bool = False,
     ) -> Self:
         """Return the model of a checkpoint, in evaluation mode.
 
@@ -70,15 +73,27 @@ class KimiLinearForCausalLM(KimiLinearLM):
             device: Where the weights go. Peak memory there is the model itself.
             weights: Prepare the model for inference with weights of that kind; see `prepare_for_inference`.
             keep_weights: As there.
+            stream_weights: Leave the weights in their files and map each layer while it runs, and only the experts
+                that tokens chose: for a model larger than memory, on the CPU. Memory then has the bound that
+                `streamed.resident_bound` states. The model generates; it cannot be trained, saved or packed.
 
         Raises:
             CheckpointError: Nothing there, damaged, or not of a model this package has; says which file or tensor.
             DtypeError: Not a dtype of weights.
             DeviceError: No such device here.
+            ConfigError: stream_weights with another device than the CPU, with `weights`, or of a GGUF file.
         """
         directory = resolve(path)
         end_token_ids = read_gguf_end_tokens(directory) if is_gguf(directory) else read_end_tokens(directory)
-        model = load_checkpoint(directory, cls, dtype=dtype, device=device)
+        if stream_weights:
+            if weights is not None or str(device) != "cpu":
+                raise ConfigError("stream_weights runs stored weights on the CPU; give neither weights nor a device.")
+            if is_gguf(directory):
+                raise ConfigError(f"stream_weights reads safetensors, and {directory} is a GGUF file; export it first.")
+            model, engine = open_streamed(directory, cls, dtype)
+            model._engine = engine
+        else:
+            model = load_checkpoint(directory, cls, dtype=dtype, device=device)
         model.end_token_ids = tuple(sorted({*model.end_token_ids, *end_token_ids}))
         return model if weights is None else model.prepare_for_inference(weights, keep_weights=keep_weights)
 
@@ -112,15 +127,20 @@ class KimiLinearForCausalLM(KimiLinearLM):
             >>> model.generate([[1, 2, 3]], max_new_tokens=5, temperature=0.0).shape
             torch.Size([1, 8])
         """
-        if self._native is not None:
-            self._native.require_weights()
-        self._native = NativeModel(self, weights, keep_weights)
+        if self._engine is not None:
+            self._engine.require_weights()
+        self._engine = NativeModel(self, weights, keep_weights)
         return self
+
+    @property
+    def streamed(self) -> StreamedModel | None:
+        """What reads the weights of a model loaded with stream_weights: its memory bound and bytes read; or None."""
+        return self._engine if isinstance(self._engine, StreamedModel) else None
 
     @property
     def prepared_weights(self) -> WeightFormat | None:
         """What the weights were packed as by `prepare_for_inference`, or None."""
-        return None if self._native is None else self._native.weights
+        return None if self._engine is None else self._engine.weights
 
     def forward(
         self,
@@ -134,8 +154,8 @@ class KimiLinearForCausalLM(KimiLinearLM):
         last_only: bool = False,
     ) -> ModelOutput:
         """Run the network; see `KimiLinearLM.forward`."""
-        if self._native is not None and cache is not None and labels is cu_seqlens is attention_mask is None:
-            logits = self._native.step(input_ids, cache)
+        if self._engine is not None and cache is not None and labels is cu_seqlens is attention_mask is None:
+            logits = self._engine.step(input_ids, cache)
             if logits is not None:
                 return ModelOutput(logits=logits, loss=None, cache=cache)
         return super().forward(
@@ -143,19 +163,19 @@ class KimiLinearForCausalLM(KimiLinearLM):
         )
 
     def _hidden(self, input_ids: Tensor, cache: Cache | None, cu_seqlens: Tensor | None) -> Tensor:
-        self._runs_native = self._native is not None and self._native.takes()
-        if self._native is not None and self._runs_native:
-            return self._native.hidden(input_ids, cache, cu_seqlens)
+        self._runs_engine = self._engine is not None and self._engine.takes()
+        if self._engine is not None and self._runs_engine:
+            return self._engine.hidden(input_ids, cache, cu_seqlens)
         return super()._hidden(input_ids, cache, cu_seqlens)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        if self._native is not None and self._runs_native:
-            return self._native.head(hidden)
+        if self._engine is not None and self._runs_engine:
+            return self._engine.head(hidden)
         return super()._head(hidden)
 
     def _loss(self, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        if self._native is not None:
-            self._native.require_weights()
+        if self._engine is not None:
+            self._engine.require_weights()
         return super()._loss(hidden, labels, cu_seqlens)
 
     def save_pretrained(
@@ -179,8 +199,8 @@ class KimiLinearForCausalLM(KimiLinearLM):
                 unchanged.
             ConfigError: The shard size is not one, or the weights were released by `prepare_for_inference`.
         """
-        if self._native is not None:
-            self._native.require_weights()
+        if self._engine is not None:
+            self._engine.require_weights()
         save_checkpoint(
             self.state_dict(),
             self.config,
@@ -286,8 +306,9 @@ def load_model(
     *,
     weights: WeightFormat | None = None,
     keep_weights: bool = True,
+    stream_weights: bool = False,
 ) -> KimiLinearForCausalLM:
     """Return the model of a checkpoint: `KimiLinearForCausalLM.from_pretrained` under a shorter name."""
     return KimiLinearForCausalLM.from_pretrained(
-        path, dtype=dtype, device=device, weights=weights, keep_weights=keep_weights
+        path, dtype=dtype, device=device, weights=weights, keep_weights=keep_weights, stream_weights=stream_weights
     )

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from kimi_linear.base.errors import CheckpointError
 from kimi_linear.causal_lm import KimiLinearForCausalLM
+from kimi_linear.checkpoint.mapped import MappedCheckpoint
 from kimi_linear.models.kimi_linear.presets import preset
+from kimi_linear.models.kimi_linear.state_dict import to_release
 from kimi_linear.nn.ffn import MoEConfig
 from kimi_linear.nn.mixers import KDAConfig, MLAConfig
 
@@ -108,6 +110,9 @@ def assert_loads(model, directory):
     others = loaded.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(others[name], tensor), name
+    mapped = MappedCheckpoint(directory, model.config)
+    for name, tensor in to_release(model.state_dict(), model.config).items():
+        assert torch.equal(mapped.read(name), tensor), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)

@@ -53,7 +53,7 @@ def read_model_json(directory: Path) -> KimiLinearConfig:
     if not path.is_file():
         raise CheckpointError(f"{directory} has no {CONFIG_NAME}; give the directory of a saved model.")
     try:
-        config = _read_config(read_json(path))
+        config = read_config(read_json(path))
         # The shapes meet every size, so a size of the wrong type shows here and not in the middle of loading.
         config.shapes()
         return config
@@ -66,7 +66,12 @@ def read_model_json(directory: Path) -> KimiLinearConfig:
         ) from error
 
 
-def _read_config(given: dict[str, Any]) -> KimiLinearConfig:
+def read_config(given: dict[str, Any]) -> KimiLinearConfig:
+    """Return the configuration that the contents of a config.json describe, of the released type or of our own.
+
+    Raises:
+        ConfigError: They are of another model, or lack or contradict something; says what.
+    """
     if given.get("model_type") != OWN_TYPE:
         return from_release_config(given)
     return KimiLinearConfig.from_dict({key: value for key, value in given.items() if key not in _OWN_KEYS})

@@ -4,7 +4,7 @@ Nothing is trusted: file names in an index must be plain, headers are validated 
 and pickle files are never opened.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,21 +28,29 @@ class StoredTensor:
     dtype: str
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+def stored_tensors(
+    directory: Path, read_header: Callable[[Path], dict[str, StoredTensor]] | None = None
+) -> dict[str, StoredTensor]:
     """Return every tensor of a checkpoint by name, from the headers alone.
+
+    Args:
+        directory: Of the checkpoint.
+        read_header: Reads one file's header; default: through the safetensors library, which maps the whole file.
 
     Raises:
         CheckpointError: No safetensors file, a missing or damaged one, or an index that does not match the files.
     """
+    read_header = read_header or _read_header
     single, index = directory / SINGLE_NAME, directory / INDEX_NAME
     if single.is_file():
-        return _read_header(single)
+        return read_header(single)
     if not index.is_file():
         raise CheckpointError(_no_weights(directory))
     weight_map = _read_index(index)
     found: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
-        found |= _read_shard(directory / file_name, {name for name, file in weight_map.items() if file == file_name})
+        expected = {name for name, file in weight_map.items() if file == file_name}
+        found |= _check_shard(directory / file_name, read_header(directory / file_name), expected)
     return found
 
 
@@ -70,8 +78,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         return {name: StoredTensor(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
-def _read_shard(path: Path, expected: set[str]) -> dict[str, StoredTensor]:
-    found = _read_header(path)
+def _check_shard(path: Path, found: dict[str, StoredTensor], expected: set[str]) -> dict[str, StoredTensor]:
     if found.keys() != expected:
         wrong = list_names(found.keys() ^ expected)
         raise CheckpointError(f"{path} and {INDEX_NAME} disagree on {wrong}; download or save the checkpoint again.")

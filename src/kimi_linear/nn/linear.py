@@ -1,4 +1,4 @@
-"""A linear layer as a module, over whichever product is faster: the operator's of ops/linear, or torch's."""
+"""A linear layer as a module, over whichever product is faster (the operator's or torch's); and a layer's weight."""
 
 import torch
 from torch import Tensor, nn
@@ -30,3 +30,28 @@ class Linear(nn.Linear):
         if device == "cpu" and is_float32 and x.numel() >= _ROWS * self.in_features:
             return linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+
+def weight_of(layer: nn.Module, features_in: int, x: Tensor) -> Tensor:
+    """Return the matrix [N, features_in] that a linear layer without bias multiplies with, adapters included.
+
+    For operators that work on the matrix itself. Whatever stands in place of a plain layer (a LoRA adapter, say) is
+    asked for its products with the unit vectors, since its attribute `weight` would be that of the layer below.
+
+    Args:
+        layer: The layer, or what took its place.
+        features_in: Columns of the matrix.
+        x: Activations, for their dtype and device.
+
+    Cost: nothing for a plain layer; else one call of it with `features_in` rows, so merge adapters to generate fast.
+
+    Example:
+        >>> import torch
+        >>> layer, x = Linear(3, 2, bias=False), torch.zeros(4, 3)
+        >>> weight_of(torch.nn.Sequential(layer), 3, x).equal(weight_of(layer, 3, x))
+        True
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.weight
+    product: Tensor = layer(torch.eye(features_in, dtype=x.dtype, device=x.device))
+    return product.T.contiguous()

@@ -1,10 +1,12 @@
 """RMSNorm as a module: y = weight * x / sqrt(mean(x^2) + eps), statistics in float32."""
 
+from typing import Literal
+
 import torch
 from torch import Generator, Tensor, nn
 
 from kimi_linear.nn.init import DEFAULT_STD, SelfInitialised
-from kimi_linear.ops.norm import rms_norm
+from kimi_linear.ops.norm import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module, SelfInitialised):
@@ -28,9 +30,13 @@ class RMSNorm(nn.Module, SelfInitialised):
         """Fill the weight with ones."""
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x normalised over its last axis, [..., size]."""
-        return rms_norm(x, self.weight, eps=self.eps)
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, activation: Literal["sigmoid", "silu"] = "sigmoid"
+    ) -> Tensor:
+        """Return x normalised over its last axis, [..., size], times the activation of the gate if there is one."""
+        if gate is None:
+            return rms_norm(x, self.weight, eps=self.eps)
+        return gated_rms_norm(x, gate, self.weight, eps=self.eps, activation=activation)
 
     def extra_repr(self) -> str:
         """Describe the norm in a printed module."""

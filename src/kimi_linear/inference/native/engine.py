@@ -106,19 +106,23 @@ class NativeModel:
         self._watch()
 
     def _watch(self) -> None:
-        watched = [_Watched(module, name) for module in self._model.modules() for name in module._parameters]
-        self._watched = [one for one in watched if one.parameter is not None]
+        parameters = [_Watched(module, name) for module in self._model.modules() for name in module._parameters]
+        modules = [_WatchedModule(module, name) for module in self._model.modules() for name in module._modules]
+        kept = [one for one in parameters if one.parameter is not None]
+        self._watched: list[_Watched | _WatchedModule] = [*kept, *modules]
         # One token looks at one of these lists, the next at the next.
         self._turns = itertools.cycle([self._watched[i::_TURNS] for i in range(_TURNS)])
 
-    def _is_stale(self, watched: "list[_Watched]") -> bool:
+    def _is_stale(self, watched: "list[_Watched | _WatchedModule]") -> bool:
         return any(one.has_changed() for one in watched)
 
     def _prepare_again(self) -> bool:
-        """Pack again; False if the model no longer fits (it was moved or cast), so that the plain modules run."""
+        """Pack again; False if the model no longer fits (moved, cast, with adapters), so that the plain modules run."""
         self.require_weights()
-        if reasons := _reasons(self._model):
-            return not reasons
+        if _reasons(self._model):
+            # A step looks at some of the parameters only; those may be as they were.
+            self._step = None
+            return False
         self._prepare()
         return True
 
@@ -156,6 +160,21 @@ class _Watched:
         return parameter is not None and (self._count() != self._version or parameter.data_ptr() != self._address)
 
 
+class _WatchedModule:
+    """A module in its place, as it was when the weights were packed; adapters take its place later."""
+
+    __slots__ = ("_module", "_modules", "_name")
+
+    def __init__(self, parent: nn.Module, name: str) -> None:
+        self._modules = parent._modules
+        self._name = name
+        self._module = self._modules[name]
+
+    def has_changed(self) -> bool:
+        """Whether another module stands there now."""
+        return self._modules[self._name] is not self._module
+
+
 def parts_of_linears(root: nn.Module, format: WeightFormat) -> Parts:
     """Return the packed linear layers of a network that the native step does not know."""
     parts = Parts(format)
@@ -175,6 +194,10 @@ def _reasons(model: KimiLinearLM) -> list[str]:
         reasons.append(f"it is {weight.dtype}, expected float32 or bfloat16")
     elif missing := native.why_unavailable():
         reasons.append(missing)
+    elif added := {name for name, _ in model.named_parameters()} - model.config.shapes().keys():
+        reasons.append(
+            f"it has {min(added)}, which its configuration lacks, as adapters do; merge them into the weights"
+        )
     return reasons
 
 

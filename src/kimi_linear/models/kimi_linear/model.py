@@ -11,6 +11,7 @@ from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.nn.decoder import Decoder
 from kimi_linear.nn.ffn.moe import MixtureOfExperts
 from kimi_linear.nn.init import init_weights
+from kimi_linear.nn.linear import weight_of
 from kimi_linear.nn.padding import Padding, last_positions
 from kimi_linear.nn.state import Cache
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
@@ -75,8 +76,14 @@ class KimiLinearLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head, [V, D]: the embedding itself if tied."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """The output head, [V, D], adapters included: the embedding itself if tied."""
+        embedding = self.model.embed_tokens
+        if self.lm_head is not None:
+            return weight_of(self.lm_head, self.config.hidden_size, embedding.weight)
+        if isinstance(embedding, nn.Embedding):
+            return embedding.weight
+        rows: Tensor = embedding(torch.arange(self.config.vocab_size, device=embedding.weight.device))
+        return rows
 
     def new_cache(self, batch_size: int, *, dtype: torch.dtype | None = None) -> Cache:
         """Return the cache before the first token of `batch_size` sequences, on the model's device.
@@ -167,7 +174,7 @@ class KimiLinearLM(nn.Module):
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states [..., D]."""
-        return F.linear(hidden, self.head_weight)
+        return F.linear(hidden, self.head_weight) if self.lm_head is None else self.lm_head(hidden)
 
     def _logits(self, hidden: Tensor, cu_seqlens: Tensor | None, padding: Padding | None, last_only: bool) -> Tensor:
         if not last_only:

@@ -12,7 +12,6 @@ from kimi_linear.nn.mixers.delta.config import DeltaConfig
 from kimi_linear.nn.norm import RMSNorm
 from kimi_linear.nn.short_conv import ShortConvolution
 from kimi_linear.nn.state import DeltaState, check_state
-from kimi_linear.ops.norm import gated_rms_norm
 
 
 class DeltaMixer(Mixer, SelfInitialised):
@@ -110,5 +109,4 @@ class DeltaMixer(Mixer, SelfInitialised):
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         output_gate = self.output_gate(x).unflatten(-1, o.shape[-2:])
-        o = gated_rms_norm(o, output_gate, self.o_norm.weight, eps=self.o_norm.eps, activation=self.gate_activation)
-        return self.o_proj(o.flatten(-2))
+        return self.o_proj(self.o_norm(o, output_gate, self.gate_activation).flatten(-2))

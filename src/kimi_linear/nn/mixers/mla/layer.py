@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kimi_linear.nn.init import init_weights
+from kimi_linear.nn.linear import weight_of
 from kimi_linear.nn.mixers.base import Mixer, check_input, is_decode, linear, num_sequences, positions
 from kimi_linear.nn.mixers.mla.config import MLAConfig
 from kimi_linear.nn.norm import RMSNorm
@@ -68,7 +69,7 @@ class MultiHeadLatentAttention(Mixer):
             q,
             latent.to(q.dtype),
             key_rope.to(q.dtype),
-            self.kv_b_proj.weight,
+            weight_of(self.kv_b_proj, self.config.kv_lora_rank, q),
             nope_dim=self.config.qk_nope_head_dim,
             cu_seqlens=cu_seqlens,
             cu_seqlens_k=cu_seqlens_k,
@@ -96,6 +97,6 @@ class MultiHeadLatentAttention(Mixer):
             state.latent[:, :used],
             state.key_rope[:, :used],
             state.lengths.to(q.device),
-            self.kv_b_proj.weight,
+            weight_of(self.kv_b_proj, self.config.kv_lora_rank, q),
             nope_dim=self.config.qk_nope_head_dim,
         )
