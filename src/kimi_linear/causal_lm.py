@@ -3,14 +3,15 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Self
+from functools import partial
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
 from kimi_linear.base.config import check_keys
 from kimi_linear.base.errors import ConfigError
-from kimi_linear.checkpoint.configs import read_end_tokens
+from kimi_linear.checkpoint.configs import read_end_tokens, with_switches
 from kimi_linear.checkpoint.gguf.read import read_gguf_end_tokens
 from kimi_linear.checkpoint.hub import is_gguf, resolve
 from kimi_linear.checkpoint.load import load_checkpoint
@@ -62,6 +63,8 @@ class KimiLinearForCausalLM(KimiLinearLM):
         weights: WeightFormat | None = None,
         keep_weights: bool = True,
         stream_weights: bool = False,
+        latent_norm_eps: float | None = None,
+        biased_combine: bool = False,
     ) -> Self:
         """Return the model of a checkpoint, in evaluation mode.
 
@@ -76,8 +79,13 @@ class KimiLinearForCausalLM(KimiLinearLM):
             stream_weights: Leave the weights in their files and map each layer while it runs, and only the experts
                 that tokens chose: for a model larger than memory, on the CPU. Memory then has the bound that
                 `streamed.resident_bound` states. The model generates; it cannot be trained, saved or packed.
+            latent_norm_eps: Epsilon of latent attention's norm; default: the checkpoint's, 1e-6 as in the published
+                code. 1e-5 is what vLLM, SGLang, mlx-lm and llama.cpp take.
+            biased_combine: Weigh experts with the selection bias, as the published code does by mistake. Only to
+                reproduce its numbers; a model loaded so is saved under a type of our own.
 
         Raises:
+            ConfigError: A switch's value is not one, or the model has no part that it changes.
             CheckpointError: Nothing there, damaged, or not of a model this package has; says which file or tensor.
             DtypeError: Not a dtype of weights.
             DeviceError: No such device here.
@@ -85,15 +93,16 @@ class KimiLinearForCausalLM(KimiLinearLM):
         """
         directory = resolve(path)
         end_token_ids = read_gguf_end_tokens(directory) if is_gguf(directory) else read_end_tokens(directory)
+        build = partial(_build, cls, latent_norm_eps, biased_combine)
         if stream_weights:
             if weights is not None or str(device) != "cpu":
                 raise ConfigError("stream_weights runs stored weights on the CPU; give neither weights nor a device.")
             if is_gguf(directory):
                 raise ConfigError(f"stream_weights reads safetensors, and {directory} is a GGUF file; export it first.")
-            model, engine = open_streamed(directory, cls, dtype)
+            model, engine = open_streamed(directory, build, dtype)
             model._engine = engine
         else:
-            model = load_checkpoint(directory, cls, dtype=dtype, device=device)
+            model = load_checkpoint(directory, build, dtype=dtype, device=device)
         model.end_token_ids = tuple(sorted({*model.end_token_ids, *end_token_ids}))
         return model if weights is None else model.prepare_for_inference(weights, keep_weights=keep_weights)
 
@@ -183,21 +192,31 @@ class KimiLinearForCausalLM(KimiLinearLM):
         path: str | os.PathLike[str],
         max_shard_size: int | str = "5GB",
         tokenizer_file: str | os.PathLike[str] | None = None,
+        *,
+        tokenizer_from: str | os.PathLike[str] | None = None,
+        license: str | None = None,
+        base_model: str | None = None,
     ) -> None:
         """Write a checkpoint directory in the released layout, whole or not at all.
 
         A model that the released type can hold gets that type's configuration, so other tools load it; any other gets
-        our own. An existing checkpoint at `path` is replaced; the files beside its weights are carried along.
+        our own, one that was loaded with biased_combine included. A latent_norm_eps of 1e-5 is written beside the
+        released keys for us; other engines have their own. A model card is written where there is no README.md. An
+        existing checkpoint at `path` is replaced; the files beside its weights are carried along.
 
         Args:
             path: The directory to write: new, empty, or that of a checkpoint.
             max_shard_size: Bytes of tensors in one file, as a number or as "5GB" or "500MiB".
             tokenizer_file: A tokenizer.json to put beside the weights.
+            tokenizer_from: A directory whose whole tokenizer, chat template included, to put beside the weights.
+            license: Of the weights, "mit" for instance; for the model card.
+            base_model: Hub name of what the model was made from; for the model card.
 
         Raises:
-            CheckpointError: The path is none of these, or the disk is full or not writable; what was there before is
-                unchanged.
-            ConfigError: The shard size is not one, or the weights were released by `prepare_for_inference`.
+            CheckpointError: The path is none of these, there is no tokenizer, or the disk is full or not writable;
+                what was there before is unchanged.
+            ConfigError: The shard size is not one, the tokenizer was given twice, or the weights were released by
+                `prepare_for_inference`.
         """
         if self._engine is not None:
             self._engine.require_weights()
@@ -208,6 +227,9 @@ class KimiLinearForCausalLM(KimiLinearLM):
             max_shard_size=max_shard_size,
             end_token_ids=self.end_token_ids,
             tokenizer_file=tokenizer_file,
+            tokenizer_from=tokenizer_from,
+            license=license,
+            base_model=base_model,
         )
 
     def generate(
@@ -299,6 +321,13 @@ class KimiLinearForCausalLM(KimiLinearLM):
         return pad_left(rows, fill)[0].to(self.model.embed_tokens.weight.device)
 
 
+M = TypeVar("M", bound=KimiLinearForCausalLM)
+
+
+def _build(cls: type[M], latent_norm_eps: float | None, biased_combine: bool, config: KimiLinearConfig) -> M:
+    return cls(with_switches(config, latent_norm_eps, biased_combine))
+
+
 def load_model(
     path: str | os.PathLike[str],
     dtype: str | torch.dtype | None = None,
@@ -307,8 +336,17 @@ def load_model(
     weights: WeightFormat | None = None,
     keep_weights: bool = True,
     stream_weights: bool = False,
+    latent_norm_eps: float | None = None,
+    biased_combine: bool = False,
 ) -> KimiLinearForCausalLM:
     """Return the model of a checkpoint: `KimiLinearForCausalLM.from_pretrained` under a shorter name."""
     return KimiLinearForCausalLM.from_pretrained(
-        path, dtype=dtype, device=device, weights=weights, keep_weights=keep_weights, stream_weights=stream_weights
+        path,
+        dtype=dtype,
+        device=device,
+        weights=weights,
+        keep_weights=keep_weights,
+        stream_weights=stream_weights,
+        latent_norm_eps=latent_norm_eps,
+        biased_combine=biased_combine,
     )

@@ -107,7 +107,7 @@ def test_what_lies_beside_the_tensors_comes_along(tiny, tmp_path):
     (tiny / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     export_mlx(tiny, tmp_path / "mlx")
     names = {file.name for file in (tmp_path / "mlx").iterdir()}
-    kept = {"tokenizer.json", "chat_template.jinja", "LICENSE"}
+    kept = {"tokenizer.json", "chat_template.jinja", "LICENSE", "README.md"}
     assert names == {"config.json", "generation_config.json", "model.safetensors"} | kept
     assert load_model(tmp_path / "mlx").end_token_ids == (5, 7)
 
@@ -137,17 +137,22 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tiny, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_models_that_mlx_lm_has_no_type_for_are_refused(tmp_path):
+def test_a_model_without_experts_comes_back_equal(tmp_path):
     tiny = preset("tiny")
-    KimiLinearForCausalLM(dataclasses.replace(preset("tiny-mla"))).save_pretrained(tmp_path / "mla")
-    with pytest.raises(CheckpointError, match="no layer with Kimi Delta Attention"):
-        export_mlx(tmp_path / "mla", tmp_path / "out")
     dense = dataclasses.replace(tiny.blocks["mla"], ffn=tiny.blocks["kda_dense"].ffn)
     blocks = {"kda_dense": tiny.blocks["kda_dense"], "mla_dense": dense}
     config = dataclasses.replace(tiny, blocks=blocks, layers=("kda_dense", "mla_dense"))
-    KimiLinearForCausalLM(config).save_pretrained(tmp_path / "dense")
-    with pytest.raises(CheckpointError, match="no layer with experts"):
-        export_mlx(tmp_path / "dense", tmp_path / "out")
+    model = KimiLinearForCausalLM(config)
+    model.save_pretrained(tmp_path / "dense")
+    export_mlx(tmp_path / "dense", tmp_path / "out")
+    found = load_model(tmp_path / "out").state_dict()
+    assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, found[name])} == set()
+
+
+def test_models_that_mlx_lm_has_no_type_for_are_refused(tmp_path):
+    KimiLinearForCausalLM(dataclasses.replace(preset("tiny-mla"))).save_pretrained(tmp_path / "mla")
+    with pytest.raises(CheckpointError, match="no layer with Kimi Delta Attention"):
+        export_mlx(tmp_path / "mla", tmp_path / "out")
     KimiLinearForCausalLM(preset("tiny-gdn")).save_pretrained(tmp_path / "gdn")
     with pytest.raises(ConfigError, match="kind 'gdn'"):
         export_mlx(tmp_path / "gdn", tmp_path / "out")

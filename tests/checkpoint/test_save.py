@@ -102,6 +102,7 @@ def test_saving_over_a_checkpoint_replaces_its_weights_and_keeps_the_other_files
     changed.save_pretrained(tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         "LICENSE",
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -118,7 +118,7 @@ def test_saved_files_are_those_of_the_plain_model(name: str, tmp_path: Path) -> 
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
     files = {file.name for file in (tmp_path / "again").iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors"}
+    assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [2]
 
 

@@ -35,6 +35,7 @@ FFN_EXAMPLES: dict[str, dict[str, FFNConfig]] = {
     "moe": {
         "shared": MoEConfig(num_experts=6, top_k=2, intermediate_size=10, num_shared_experts=2, scaling=2.446),
         "alone": MoEConfig(num_experts=4, top_k=4, intermediate_size=10, num_shared_experts=0, activation="softmax"),
+        "biased": MoEConfig(num_experts=6, top_k=3, intermediate_size=10, scaling=2.446, biased_combine=True),
         "unnormed": MoEConfig(num_experts=5, top_k=1, intermediate_size=10, renormalize=False),
     },
 }

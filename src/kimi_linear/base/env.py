@@ -1,7 +1,8 @@
 """Every environment variable this package reads, with its type, default and meaning."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,20 @@ def ask_for_huge_pages() -> None:
     """
     if os.environ.get("KIMI_LINEAR_KEEP_MEMORY") != "0":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+@contextmanager
+def changed(name: str, value: str) -> Iterator[None]:
+    """Give a variable of the table another value for the length of a with-statement, for the whole process."""
+    assert name in VARIABLES, name
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def with_variables(**changes: str) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """config.json and generation_config.json: the released model type where the model fits it, else a type of our own."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,10 @@ from kimi_linear.base.config import read_json
 from kimi_linear.base.errors import CheckpointError, ConfigError
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.release_config import from_release_config, to_release_config
+from kimi_linear.nn.component import ComponentConfig
+from kimi_linear.nn.config import BlockConfig
+from kimi_linear.nn.ffn import MoEConfig
+from kimi_linear.nn.mixers import MLAConfig
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
@@ -34,7 +40,10 @@ def model_json(config: KimiLinearConfig, dtype: str) -> dict[str, Any]:
 
 
 def generation_json(config: KimiLinearConfig, end_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Return the contents of generation_config.json: the special tokens that there are."""
+    """Return the contents of generation_config.json: the special tokens that there are.
+
+    No length is among them: a bound on what one call generates is the caller's.
+    """
     tokens = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(end_token_ids) or None,
@@ -77,20 +86,64 @@ def read_config(given: dict[str, Any]) -> KimiLinearConfig:
     return KimiLinearConfig.from_dict({key: value for key, value in given.items() if key not in _OWN_KEYS})
 
 
-def read_end_tokens(directory: Path) -> tuple[int, ...]:
-    """Return the end tokens of generation_config.json, none if there is no such file.
+def with_switches(
+    config: KimiLinearConfig, latent_norm_eps: float | None = None, biased_combine: bool = False
+) -> KimiLinearConfig:
+    """Return the configuration with what engines read differently in the same checkpoint.
+
+    Args:
+        config: As the checkpoint says.
+        latent_norm_eps: Epsilon of latent attention's norm; None: as it is. The published code, transformers and this
+            package take 1e-6; vLLM, SGLang, mlx-lm and llama.cpp take the model's rms_norm_eps (1e-5).
+        biased_combine: Weigh experts with the selection bias, as the published code does and no engine; see MoEConfig.
 
     Raises:
-        CheckpointError: It is not JSON, or eos_token_id is neither a token nor a list of tokens.
+        ConfigError: The epsilon is no positive number, or the model has no part that the switch changes.
+
+    Example:
+        >>> from kimi_linear.models.kimi_linear.presets import preset
+        >>> with_switches(preset("tiny"), latent_norm_eps=1e-5).blocks["mla"].mixer.latent_norm_eps
+        1e-05
     """
-    path = directory / GENERATION_NAME
-    if not path.is_file():
-        return ()
-    try:
-        given = read_json(path).get("eos_token_id")
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-    tokens = [] if given is None else given if isinstance(given, list) else [given]
-    if not all(type(token) is int and token >= 0 for token in tokens):
-        raise CheckpointError(f"{path}: eos_token_id is {given!r}, expected a token id or a list of them.")
-    return tuple(tokens)
+    changes: dict[type[ComponentConfig], dict[str, Any]] = {}
+    if latent_norm_eps is not None:
+        given = latent_norm_eps
+        if not isinstance(given, (int, float)) or isinstance(given, bool) or not 0 < given < math.inf:
+            raise ConfigError(f"latent_norm_eps is {given!r}, expected a positive number such as 1e-5.")
+        changes[MLAConfig] = {"latent_norm_eps": float(given)}
+    if biased_combine:
+        changes[MoEConfig] = {"biased_combine": True}
+    kinds = {type(part) for block in config.layer_blocks for part in (block.mixer, block.ffn)}
+    for kind, names in changes.items():
+        if kind not in kinds:
+            raise ConfigError(f"{next(iter(names))} was given and the model has no {kind.kind} layer; leave it out.")
+
+    def changed(part: Any) -> Any:
+        return dataclasses.replace(part, **changes[type(part)]) if type(part) in changes else part
+
+    blocks = {
+        name: BlockConfig(mixer=changed(block.mixer), ffn=changed(block.ffn)) for name, block in config.blocks.items()
+    }
+    return dataclasses.replace(config, blocks=blocks)
+
+
+def read_end_tokens(directory: Path) -> tuple[int, ...]:
+    """Return the end tokens of generation_config.json and those of a list in config.json.
+
+    Raises:
+        CheckpointError: A file is not JSON, or eos_token_id is neither a token nor a list of tokens.
+    """
+    found: dict[int, None] = {}
+    for name in (CONFIG_NAME, GENERATION_NAME):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            given = read_json(path).get("eos_token_id")
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+        tokens = [] if given is None else given if isinstance(given, list) else [given]
+        if not all(type(token) is int and token >= 0 for token in tokens):
+            raise CheckpointError(f"{path}: eos_token_id is {given!r}, expected a token id or a list of them.")
+        found |= dict.fromkeys(tokens)
+    return tuple(found)

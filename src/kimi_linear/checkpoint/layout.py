@@ -50,7 +50,7 @@ def check_fits(stored: Mapping[str, StoredTensor], config: KimiLinearConfig, dir
     Raises:
         CheckpointError: Tensors are missing, unexpected, of another shape or not floating; lists the first ten each.
     """
-    known = {name: tensor for name, tensor in stored.items() if not _may_be_skipped(name)}
+    known = {name: tensor for name, tensor in stored.items() if not may_be_skipped(name)}
     moves, missing = locate({name: tensor.shape for name, tensor in known.items()}, config)
     expected = {move.stored: move.shape for move in moves}
     shapes = [
@@ -87,7 +87,7 @@ def _incomplete(moves: Sequence[Move]) -> list[str]:
     return [f"a part of {name}" for name, count in rows.items() if count != 2]
 
 
-def _may_be_skipped(name: str) -> bool:
+def may_be_skipped(name: str) -> bool:
     """Return whether a name is one that other tools add and that this network has no use for."""
     return name.endswith(".rotary_emb.inv_freq") or name.startswith("model.mtp.")
 

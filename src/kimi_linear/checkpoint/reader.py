@@ -16,7 +16,7 @@ from kimi_linear.base.config import read_json
 from kimi_linear.base.errors import CheckpointError, ConfigError
 from kimi_linear.checkpoint.writer import INDEX_NAME, SINGLE_NAME
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,28 @@ class StoredTensor:
 
 
 def stored_tensors(
-    directory: Path, read_header: Callable[[Path], dict[str, StoredTensor]] | None = None
+    directory: Path, header_of: Callable[[Path], dict[str, StoredTensor]] | None = None
 ) -> dict[str, StoredTensor]:
     """Return every tensor of a checkpoint by name, from the headers alone.
 
     Args:
         directory: Of the checkpoint.
-        read_header: Reads one file's header; default: through the safetensors library, which maps the whole file.
+        header_of: Reads one file's header; default: through the safetensors library, which maps the whole file.
 
     Raises:
         CheckpointError: No safetensors file, a missing or damaged one, or an index that does not match the files.
     """
-    read_header = read_header or _read_header
+    header_of = header_of or read_header
     single, index = directory / SINGLE_NAME, directory / INDEX_NAME
     if single.is_file():
-        return read_header(single)
+        return header_of(single)
     if not index.is_file():
         raise CheckpointError(_no_weights(directory))
     weight_map = _read_index(index)
     found: dict[str, StoredTensor] = {}
     for file_name in sorted(set(weight_map.values())):
         expected = {name for name, file in weight_map.items() if file == file_name}
-        found |= _check_shard(directory / file_name, read_header(directory / file_name), expected)
+        found |= _check_shard(directory / file_name, header_of(directory / file_name), expected)
     return found
 
 
@@ -72,7 +72,12 @@ def open_shard(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of one safetensors file by name.
+
+    Raises:
+        CheckpointError: The file is missing, cut off, or its header is not valid.
+    """
     with open_shard(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a file is not a dict
         return {name: StoredTensor(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
@@ -102,7 +107,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _no_weights(directory: Path) -> str:
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
     if pickles:
         return (
             f"{directory} holds {pickles[0]} and no safetensors file; pickle files can run code and are never "

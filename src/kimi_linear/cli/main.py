@@ -5,7 +5,7 @@ import sys
 import typer
 
 from kimi_linear.base.errors import KimiLinearError
-from kimi_linear.cli import bench, demo, doctor, export, generate, inspect, plan, train
+from kimi_linear.cli import bench, compare, demo, doctor, export, generate, inspect, plan, train
 
 app = typer.Typer(
     name="kimi-linear",
@@ -22,6 +22,7 @@ app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("plan")(plan.plan)
+app.command("compare")(compare.compare)
 
 
 def _version(wanted: bool) -> None:
@@ -41,7 +42,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 2 bad input, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 a check found errors, 2 bad input, 130 interrupted."""
     debug = "--debug" in sys.argv[1:]
     try:
         app()

@@ -1,4 +1,4 @@
-"""What an installation can use, and what to do about what it cannot."""
+"""What an installation can use, and what to do about what it cannot. Checkpoints are for `recipes.checkup`."""
 
 import importlib.metadata
 import importlib.util

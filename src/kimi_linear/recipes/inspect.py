@@ -3,24 +3,18 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kimi_linear.base.config import read_json
 from kimi_linear.base.errors import CheckpointError
-from kimi_linear.checkpoint.configs import CONFIG_NAME, GENERATION_NAME, OWN_TYPE, read_model_json
-from kimi_linear.checkpoint.hub import resolve
 from kimi_linear.checkpoint.layout import check_fits
-from kimi_linear.checkpoint.reader import StoredTensor, stored_tensors
+from kimi_linear.checkpoint.reader import stored_tensors
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
-from kimi_linear.models.kimi_linear.dialects import RELEASE, Move
+from kimi_linear.models.kimi_linear.dialects import RELEASE
+from kimi_linear.recipes.checkup import Finding, check, gather
+from kimi_linear.recipes.checkup.evidence import ITEMSIZE
+from kimi_linear.recipes.checkup.finding import ALL
 
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-# What rounding would change the decays of.
-_FLOAT32 = ("A_log", "dt_bias")
-_TOKENIZERS = ("tokenizer.json", "tiktoken.model")
 # One letter a layer for drawing; a small one has a dense feed-forward network.
 _LETTERS = {"kda": "K", "mla": "M", "gqa": "G", "gdn": "D"}
 
@@ -48,64 +42,38 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """Look at a checkpoint's configuration and headers; no tensor is read.
+    """Look at a checkpoint's configuration and headers; no tensor is read unless two files hold it.
 
     Raises:
-        CheckpointError: There is nothing to look at, or the configuration or a file's header cannot be read.
+        CheckpointError: There is nothing to look at, or the configuration cannot be read.
     """
-    directory = resolve(path)
-    config = read_model_json(directory)
-    given = read_json(directory / CONFIG_NAME)
-    stored = stored_tensors(directory)
-    problem, moves = "", list[Move]()
+    evidence = gather(path)
+    if evidence.config is None:
+        raise CheckpointError(evidence.problem)
+    problem = ""
     try:
-        moves = check_fits(stored, config, directory)
+        check_fits(stored_tensors(evidence.directory), evidence.config, evidence.directory)
     except CheckpointError as error:
         problem = str(error)
+    stored = evidence.stored
     sizes: Counter[str] = Counter()
     for tensor in stored.values():
-        sizes[tensor.dtype] += math.prod(tensor.shape) * _BYTES.get(tensor.dtype, 1)
+        sizes[tensor.dtype] += math.prod(tensor.shape) * ITEMSIZE.get(tensor.dtype, 1)
     return Inspection(
-        directory,
-        config,
-        str(given.get("model_type")),
+        evidence.directory,
+        evidence.config,
+        str(evidence.given.get("model_type")),
         len(stored),
         dict(sizes.most_common()),
-        tuple(sorted({move.dialect for move in moves}, key=lambda name: (name != RELEASE, name))),
+        tuple(sorted({move.dialect for move in evidence.moves}, key=lambda name: (name != RELEASE, name))),
         problem,
-        tuple(_oddities(directory, given, stored, moves)),
+        tuple(_sentence(finding) for finding in check(evidence) if finding.severity != "ok"),
     )
 
 
-def _oddities(
-    directory: Path, given: Mapping[str, Any], stored: Mapping[str, StoredTensor], moves: list[Move]
-) -> Iterator[str]:
-    rounded = sorted(name for name, t in stored.items() if name.endswith(_FLOAT32) and t.dtype not in ("F32", "F64"))
-    if rounded:
-        yield f"{len(rounded)} decay parameters are stored below float32, the first {rounded[0]}: decays are rounded."
-    used = {move.stored for move in moves}
-    unused = sorted(stored.keys() - used) if moves else []
-    if unused:
-        yield f"{len(unused)} tensors have no use in this network, the first {unused[0]}."
-    if given.get("model_type") != OWN_TYPE:
-        yield from _foreign(given, moves)
-    if not any((directory / name).is_file() for name in _TOKENIZERS):
-        yield f"there is no tokenizer ({' or '.join(_TOKENIZERS)}): text cannot be read or written."
-    if not (directory / GENERATION_NAME).is_file():
-        yield f"there is no {GENERATION_NAME}: engines stop at config.json's eos_token_id alone."
-
-
-def _foreign(given: Mapping[str, Any], moves: list[Move]) -> Iterator[str]:
-    """Yield what other engines trip over in a checkpoint of the released type."""
-    missing = [name for name in ("linear_attn_config", "first_k_dense_replace") if given.get(name) is None]
-    if missing:
-        yield f"config.json has no {' and no '.join(missing)}: vLLM and llama.cpp's converter need it."
-    others = [move for move in moves if move.dialect != RELEASE]
-    if others:
-        yield (
-            f"{len({move.stored for move in others})} tensors are not in the release's layout, the first "
-            f"{others[0].stored}: engines that know the release alone do not find them; load and save it here once."
-        )
+def _sentence(finding: Finding) -> str:
+    engines = "every engine" if finding.affects == ALL else ", ".join(finding.affects)
+    return f"{finding.text} ({finding.severity} for {engines})"
 
 
 def report(found: Inspection) -> list[str]:

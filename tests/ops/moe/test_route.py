@@ -31,10 +31,12 @@ def written_out(
     renormalize: bool = True,
     scaling: float = 1.0,
     activation: str = "sigmoid",
+    biased_combine: bool = False,
 ) -> Tensor:
     """Return the weights by the equations, differentiable by torch."""
     scores = logits.sigmoid() if activation == "sigmoid" else logits.softmax(-1)
-    weights = scores.gather(-1, (scores + bias).detach().argsort(-1, descending=True)[:, :top_k])
+    biased = scores + bias.detach()
+    weights = (biased if biased_combine else scores).gather(-1, biased.detach().argsort(-1, descending=True)[:, :top_k])
     return scaling * (weights / weights.sum(-1, keepdim=True) if renormalize else weights)
 
 
@@ -55,6 +57,27 @@ def test_weights_and_gradient_are_the_equations(
     ops.assert_close(weights[0], expected[0])
     # With every weight equal by construction the gradient is zero, and rounding is all there is to compare.
     torch.testing.assert_close(grads["logits"], expected_grads["logits"], rtol=1e-10, atol=1e-14)
+
+
+@EACH_ACTIVATION
+@EACH_NORM
+@pytest.mark.parametrize(("backend", "dtype"), ops.backend_dtypes("moe_route"), ids=str)
+def test_weights_with_the_bias_follow_the_equations(
+    backend: str, dtype: torch.dtype, renormalize: bool, activation: str
+) -> None:
+    inputs = MoESpec("biased", M=13, E=9, k=3).route(dtype) | {"renormalize": renormalize, "activation": activation}
+    inputs |= {"bias": torch.linspace(0.3, -0.2, 9), "scaling": 2.446, "biased_combine": True}
+    weights, grads = ops.run_with_gradients(lambda **a: only_weights(backend, **a), inputs, wanted=["logits"])
+    exact = ops.in_float64(inputs)
+    expected, _ = ops.run_with_gradients(written_out, exact, wanted=["logits"])
+    d_logits = torch.autograd.functional.vjp(
+        lambda logits: written_out(**{**exact, "logits": logits}), exact["logits"], ops.cotangents(weights)[0].double()
+    )[1]
+    assert relative_error(weights[0], expected[0]) <= tolerance(weights[0].dtype).output
+    assert relative_error(grads["logits"], d_logits) <= tolerance(dtype).gradient
+    plain = route(**{**inputs, "biased_combine": False}, backend=backend)
+    assert relative_error(weights[0], plain[0]) > 0.01
+    assert torch.equal(route(**inputs, backend=backend)[1], plain[1])
 
 
 @EACH_SPEC

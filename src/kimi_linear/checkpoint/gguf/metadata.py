@@ -81,7 +81,7 @@ def to_metadata(config: KimiLinearConfig) -> dict[str, Any]:
 def _check_attention(release: Mapping[str, Any]) -> None:
     """Refuse what llama.cpp's kimi-linear would not load."""
     linear = release["linear_attn_config"]
-    if linear is None:
+    if not linear["kda_layers"]:
         raise _unsupported("no layer with Kimi Delta Attention", "some")
     if linear["num_heads"] != release["num_attention_heads"]:
         given = f"{linear['num_heads']} heads of Kimi Delta Attention and {release['num_attention_heads']} of latent"

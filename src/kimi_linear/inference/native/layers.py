@@ -85,6 +85,8 @@ def reasons_against(decoder: Decoder) -> list[str]:
             reasons.append(f"layer {index} mixes with {type(block.self_attn).__name__}")
         if type(block.mlp) not in FFN_KINDS:
             reasons.append(f"layer {index} has the feed-forward network {type(block.mlp).__name__}")
+        if isinstance(block.mlp, MixtureOfExperts) and block.mlp.config.biased_combine:
+            reasons.append(f"layer {index} weighs experts with the selection bias")
     return reasons
 
 

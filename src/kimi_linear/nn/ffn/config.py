@@ -49,6 +49,8 @@ class MoEConfig(FFNConfig):
         renormalize: Divide the chosen weights by their sum.
         activation: Of the router's logits: "sigmoid" or "softmax".
         bias_update_rate: Step of the selection bias at each `update_router_bias`.
+        biased_combine: Add the selection bias to the chosen scores before they weigh, as the code published with the
+            48B checkpoint does by mistake; only to reproduce its numbers.
 
     Example:
         >>> MoEConfig(num_experts=256, top_k=8, intermediate_size=1024, scaling=2.446).active_parameters(2304)
@@ -66,6 +68,7 @@ class MoEConfig(FFNConfig):
     renormalize: bool = True
     activation: str = "sigmoid"
     bias_update_rate: float = 1e-3
+    biased_combine: bool = False
 
     def __post_init__(self) -> None:
         self.require_positive("num_experts", "top_k", "intermediate_size")

@@ -3,8 +3,10 @@
     s = sigmoid(W x) in float32;  chosen = top-k of s + b;  w = scaling * s[chosen] / (sum s[chosen] + 1e-20)
     y = sum_j w_j expert_j(x) + shared(x)
 
-The bias b selects and never weighs. It gets no gradient: after each step, b += rate * sign(mean load - load), so
-that overloaded experts are chosen less. M tokens, E experts of width F, model width D.
+The bias b selects and never weighs, unless `biased_combine` asks for it. It gets no gradient: after each step,
+b += rate * sign(mean load - load), so that overloaded experts are chosen less.
+
+M tokens, E experts of width F, model width D.
 """
 
 from typing import ClassVar
@@ -58,6 +60,7 @@ class Router(Float32Parameters, SelfInitialised):
             renormalize=self.config.renormalize,
             scaling=self.config.scaling,
             activation=self.config.activation,
+            biased_combine=self.config.biased_combine,
         )
         if self.training:
             self._count(experts)

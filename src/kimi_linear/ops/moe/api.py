@@ -21,7 +21,7 @@ from kimi_linear.ops.checks import (
 )
 from kimi_linear.ops.moe import cpu, cpu_router, grouped
 from kimi_linear.ops.moe.reference import grouped_mlp_reference
-from kimi_linear.ops.moe.router import moe_route_reference
+from kimi_linear.ops.moe.router import EPSILON, moe_route_reference
 from kimi_linear.ops.native import refuse
 from kimi_linear.ops.registry import Backend, Call, define
 
@@ -62,6 +62,7 @@ def route(
     renormalize: bool = True,
     scaling: float = 1.0,
     activation: str = "sigmoid",
+    biased_combine: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose `top_k` experts a token and their weights.
@@ -72,11 +73,12 @@ def route(
 
     Args:
         logits: Router logits, [M, E]; compute them in float32.
-        bias: Selection bias, [E], float32. It selects and never weighs, and gets no gradient.
+        bias: Selection bias, [E], float32. It selects and, without biased_combine, never weighs; it gets no gradient.
         top_k: Experts a token, 1 to E.
         renormalize: Whether the weights of a token sum to `scaling`.
         scaling: Multiplies the weights.
         activation: "sigmoid" or "softmax".
+        biased_combine: Weigh by s + bias instead of s, as the code published with that checkpoint does by mistake.
         backend: "cpu", "reference", or None for the best that supports the call.
 
     Returns:
@@ -107,8 +109,14 @@ def route(
     expect_same_device("route", logits=logits, bias=bias)
     call = describe_call(logits, sizes={"M": M, "E": E, "k": top_k})
     run = ROUTE.choose(call, backend).run
-    weights, experts = run(logits, bias.detach(), top_k, renormalize, float(scaling), activation)
-    return weights, experts
+    if not biased_combine:
+        weights, experts = run(logits, bias.detach(), top_k, renormalize, float(scaling), activation)
+        return weights, experts
+    weights, experts = run(logits, bias.detach(), top_k, False, 1.0, activation)
+    weights = weights + bias.detach().to(weights.dtype)[experts]
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
+    return weights * scaling, experts
 
 
 def grouped_mlp(

@@ -18,7 +18,7 @@ from kimi_linear.ops.checks import compute_dtype
 from kimi_linear.ops.moe.router_autograd import register
 
 # Keeps 0 / 0 away when every chosen score underflows.
-_EPSILON = 1e-20
+EPSILON = 1e-20
 
 
 def _scores(logits: Tensor, activation: str) -> Tensor:
@@ -38,7 +38,7 @@ def moe_route_reference(
     weights = scores.gather(-1, experts)
     # Eq. 3
     if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + _EPSILON)
+        weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
     return weights * scaling, experts
 
 
@@ -52,7 +52,7 @@ def moe_route_reference_backward(
     # Eq. 4
     if renormalize:
         chosen = scores.gather(-1, experts)
-        total = chosen.sum(-1, keepdim=True) + _EPSILON
+        total = chosen.sum(-1, keepdim=True) + EPSILON
         d_chosen = (d_chosen - (d_chosen * chosen).sum(-1, keepdim=True) / total) / total
     d_scores = torch.zeros_like(scores).scatter(-1, experts, d_chosen)
     # Eq. 5

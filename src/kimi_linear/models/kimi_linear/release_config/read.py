@@ -4,7 +4,13 @@ from typing import Any
 
 from kimi_linear.base.errors import ConfigError
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
-from kimi_linear.models.kimi_linear.release_config.names import FFN_NAMES, LAYER_NAMES, LINEAR_SPELLINGS, SPELLINGS
+from kimi_linear.models.kimi_linear.release_config.names import FFN_NAMES, LAYER_NAMES, LINEAR_SPELLINGS
+from kimi_linear.models.kimi_linear.release_config.refuse import (
+    find,
+    linear_part,
+    refuse_contradictions,
+    refuse_other_models,
+)
 from kimi_linear.nn.component import check_whole
 from kimi_linear.nn.config import BlockConfig
 from kimi_linear.nn.ffn import MoEConfig, SwiGLUConfig
@@ -19,7 +25,8 @@ def from_release_config(given: dict[str, Any]) -> KimiLinearConfig:
         ConfigError: Fields of Kimi-K3 or of other unsupported mathematics, by name; a size is missing; the layer
             lists do not cover every layer once.
     """
-    _refuse_other_models(given)
+    refuse_other_models(given)
+    refuse_contradictions(given)
     types = _layer_types(given)
     norm_eps = given.get("rms_norm_eps", 1e-6)
     mixers: dict[str, MixerConfig] = {}
@@ -45,84 +52,58 @@ def from_release_config(given: dict[str, Any]) -> KimiLinearConfig:
         norm_eps=norm_eps,
         tie_embeddings=given.get("tie_word_embeddings", False),
         initializer_range=given.get("initializer_range", 0.02),
-        max_length=_find(given, "model_max_length", 4096),
+        max_length=find(given, "model_max_length", 4096),
         bos_token_id=given.get("bos_token_id"),
-        eos_token_id=given.get("eos_token_id"),
+        eos_token_id=_first(given.get("eos_token_id")),
         pad_token_id=given.get("pad_token_id"),
     )
 
 
-def _refuse_other_models(given: dict[str, Any]) -> None:
-    if given.get("model_type") != "kimi_linear":
-        raise ConfigError(f"model_type is {given.get('model_type')!r}, expected 'kimi_linear'; this is another model.")
-    linear = _linear(given)
-    present = {
-        "attn_res_block_size": given.get("attn_res_block_size") is not None,
-        "hidden_act": given.get("hidden_act", "silu") != "silu",
-        "activation_situ_beta": given.get("activation_situ_beta") is not None,
-        "activation_situ_linear_beta": given.get("activation_situ_linear_beta") is not None,
-        "routed_expert_hidden_size": given.get("routed_expert_hidden_size") is not None,
-        "latent_moe_use_norm": bool(given.get("latent_moe_use_norm")),
-        "mla_use_output_gate": bool(given.get("mla_use_output_gate")),
-        "q_lora_rank": given.get("q_lora_rank") is not None,
-        "linear_attn_config.gate_lower_bound": linear.get("gate_lower_bound") is not None,
-        "linear_attn_config.use_full_rank_gate": bool(linear.get("use_full_rank_gate")),
-    }
-    found = [name for name, here in present.items() if here]
-    if found:
-        raise ConfigError(
-            f"config has {', '.join(found)}: fields of Kimi-K3's text model, which shares the model type 'kimi_linear' "
-            "and computes something else; load a Kimi Linear checkpoint."
-        )
-    expected = {"moe_layer_freq": 1, "num_nextn_predict_layers": 0, "mla_use_nope": True, "topk_group": 1}
-    for name, value in expected.items():
-        if given.get(name, value) not in (value, None):
-            raise ConfigError(f"{name} is {given[name]}, expected {value}: nothing else is supported.")
-    if _find(given, "num_expert_group", 1) not in (1, None):
-        raise ConfigError(
-            f"num_expert_group is {_find(given, 'num_expert_group', 1)}, expected 1: no groups are supported."
-        )
-
-
-def _linear(given: dict[str, Any]) -> dict[str, Any]:
-    linear = given.get("linear_attn_config") or {}
-    if not isinstance(linear, dict):
-        raise ConfigError(f"linear_attn_config is {linear!r}, expected an object with the layer lists and sizes.")
-    return linear
-
-
-def _find(given: dict[str, Any], name: str, default: Any = None) -> Any:
-    for spelling in (name, *SPELLINGS.get(name, ())):
-        if given.get(spelling) is not None:
-            return given[spelling]
-    return default
+def _first(tokens: Any) -> Any:
+    """Return the first of several end tokens; the others are among those that end a text all the same."""
+    return tokens[0] if isinstance(tokens, list) and tokens else tokens
 
 
 def _need(given: dict[str, Any], name: str) -> Any:
-    value = _find(given, name)
+    value = find(given, name)
     if value is None:
         raise ConfigError(f"config.json: key {name!r} is missing and has no safe default; add it.")
     return value
 
 
 def _layer_types(given: dict[str, Any]) -> tuple[str, ...]:
-    """Return "kda" or "mla" for each layer, from the 1-based lists or the 0-based layer_types."""
+    """Return "kda" or "mla" for each layer, from the 1-based lists or the 0-based layer_types, which must agree."""
     count = _need(given, "num_hidden_layers")
     check_whole("num_hidden_layers", count, least=1)
-    linear = _linear(given)
+    linear = linear_part(given)
+    listed, named = None, None
     if linear.get("kda_layers") is not None or linear.get("full_attn_layers") is not None:
-        kda = linear.get("kda_layers") or []
-        full = linear.get("full_attn_layers")
-        if full is None:
-            full = [number for number in range(1, count + 1) if number not in kda]
-        types = from_lists({"kda": kda, "mla": full})
-    elif given.get("layer_types") is not None:
-        types = _translated(given, "layer_types", LAYER_NAMES)
-    else:
-        types = ("mla",) * count
+        kda, full = linear.get("kda_layers"), linear.get("full_attn_layers")
+        outside = [n for n in (*(kda or ()), *(full or ())) if isinstance(n, int) and n > count]
+        if outside:
+            raise ConfigError(f"linear_attn_config lists layer {outside[0]}, expected 1 to {count} (1-based).")
+        listed = from_lists({"kda": _others(full, count) if kda is None else kda, "mla": _others(kda, count, full)})
+        _check_count(listed, count, "linear_attn_config's lists")
+    if given.get("layer_types") is not None:
+        named = _translated(given, "layer_types", LAYER_NAMES)
+        _check_count(named, count, "layer_types")
+    if listed and named and listed != named:
+        index = next(i for i, pair in enumerate(zip(listed, named, strict=True)) if pair[0] != pair[1])
+        raise ConfigError(
+            f"layer {index + 1} is {LAYER_NAMES[listed[index]]} by linear_attn_config (1-based) and "
+            f"{LAYER_NAMES[named[index]]} by layer_types (0-based); remove the wrong one."
+        )
+    return listed or named or ("mla",) * count
+
+
+def _others(numbers: Any, count: int, given: Any = None) -> Any:
+    """Return the list that was given, else the layers that are not in the other one."""
+    return given if given is not None else [number for number in range(1, count + 1) if number not in numbers]
+
+
+def _check_count(types: tuple[str, ...], count: int, what: str) -> None:
     if len(types) != count:
-        raise ConfigError(f"the layer lists name {len(types)} layers, num_hidden_layers is {count}; they must agree.")
-    return types
+        raise ConfigError(f"{what} name {len(types)} layers, num_hidden_layers is {count}; they must agree.")
 
 
 def _translated(given: dict[str, Any], key: str, names: dict[str, str]) -> tuple[str, ...]:
@@ -135,16 +116,24 @@ def _translated(given: dict[str, Any], key: str, names: dict[str, str]) -> tuple
 
 
 def _sparse_layers(given: dict[str, Any], count: int) -> list[bool]:
-    if _find(given, "num_experts") is None:
-        return [False] * count
-    if given.get("first_k_dense_replace") is None and given.get("mlp_layer_types") is not None:
+    """Return whether each layer has experts, from first_k_dense_replace or mlp_layer_types, which must agree."""
+    first = given.get("first_k_dense_replace")
+    counted = None if first is None else [index >= first for index in range(count)]
+    named = None
+    if given.get("mlp_layer_types") is not None:
         kinds = _translated(given, "mlp_layer_types", FFN_NAMES)
-        if len(kinds) != count:
-            raise ConfigError(
-                f"mlp_layer_types names {len(kinds)} layers, num_hidden_layers is {count}; they must agree."
-            )
-        return [kind == "moe" for kind in kinds]
-    return [index >= (given.get("first_k_dense_replace") or 0) for index in range(count)]
+        _check_count(kinds, count, "mlp_layer_types")
+        named = [kind == "moe" for kind in kinds]
+    if not find(given, "num_experts"):
+        if named and any(named):
+            raise ConfigError("mlp_layer_types has sparse layers and num_experts is missing; add it.")
+        return [False] * count
+    if counted and named and counted != named:
+        raise ConfigError(
+            f"first_k_dense_replace is {first} and mlp_layer_types has {named.count(False)} dense layers or dense "
+            "layers elsewhere; remove the wrong one."
+        )
+    return counted or named or [True] * count
 
 
 def _read_mla(given: dict[str, Any]) -> MLAConfig:
@@ -154,11 +143,13 @@ def _read_mla(given: dict[str, Any]) -> MLAConfig:
         qk_nope_head_dim=_need(given, "qk_nope_head_dim"),
         qk_rope_head_dim=_need(given, "qk_rope_head_dim"),
         v_head_dim=_need(given, "v_head_dim"),
+        # Ours alone: engines differ here, and none of them writes what it took.
+        latent_norm_eps=given.get("latent_norm_eps", MLAConfig.latent_norm_eps),
     )
 
 
 def _read_kda(given: dict[str, Any], norm_eps: float) -> KDAConfig:
-    linear = _linear(given)
+    linear = linear_part(given)
     sizes = {}
     for name, flat in LINEAR_SPELLINGS.items():
         value = linear.get(name, given.get(flat))
@@ -178,9 +169,9 @@ def _read_moe(given: dict[str, Any]) -> MoEConfig:
         num_experts=_need(given, "num_experts"),
         top_k=_need(given, "num_experts_per_token"),
         intermediate_size=_need(given, "moe_intermediate_size"),
-        num_shared_experts=_find(given, "num_shared_experts", 0),
+        num_shared_experts=find(given, "num_shared_experts", 0),
         scaling=given.get("routed_scaling_factor", 1.0),
-        renormalize=_find(given, "moe_renormalize", True),
-        activation=_find(given, "moe_router_activation_func", "sigmoid"),
+        renormalize=find(given, "moe_renormalize", True),
+        activation=find(given, "moe_router_activation_func", "sigmoid"),
         bias_update_rate=given.get("router_bias_update_rate", MoEConfig.bias_update_rate),
     )

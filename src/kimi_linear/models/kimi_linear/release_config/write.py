@@ -58,27 +58,34 @@ def to_release_config(config: KimiLinearConfig, dtype: str = "bfloat16") -> dict
         "layer_types": types,
         "mlp_layer_types": [FFN_NAMES[block.ffn.kind] for block in config.layer_blocks],
     }
-    return {**written, **_write_linear(parts.kda, types), **_write_experts(parts.moe)}
+    written |= {"linear_attn_config": _write_linear(parts.kda, types), **_write_experts(parts.moe, written)}
+    if mla.latent_norm_eps != LATENT_NORM_EPS:
+        # Ours alone: the other engines take the one or the other whatever is written.
+        written["latent_norm_eps"] = mla.latent_norm_eps
+    return written
 
 
 def _write_linear(kda: KDAConfig | None, types: list[str]) -> dict[str, Any]:
-    if kda is None:
-        return {"linear_attn_config": None}
     numbered = list(enumerate(types, start=1))
+    # Without linear layers too: transformers cannot read a null here.
+    lists = {
+        "kda_layers": [number for number, name in numbered if name == "linear_attention"],
+        "full_attn_layers": [number for number, name in numbered if name == "full_attention"],
+    }
+    if kda is None:
+        return lists
     return {
-        "linear_attn_config": {
-            "kda_layers": [number for number, name in numbered if name == "linear_attention"],
-            "full_attn_layers": [number for number, name in numbered if name == "full_attention"],
-            "num_heads": kda.num_heads,
-            "head_dim": kda.head_dim,
-            "short_conv_kernel_size": kda.conv_size,
-        }
+        **lists,
+        "num_heads": kda.num_heads,
+        "head_dim": kda.head_dim,
+        "short_conv_kernel_size": kda.conv_size,
     }
 
 
-def _write_experts(moe: MoEConfig | None) -> dict[str, Any]:
+def _write_experts(moe: MoEConfig | None, written: dict[str, Any]) -> dict[str, Any]:
     if moe is None:
-        return {"num_experts": None}
+        # Readers that know no default find their keys, and no layer has experts.
+        return {"num_experts": 0, "num_shared_experts": 0, "moe_intermediate_size": written["intermediate_size"]}
     return {
         "num_experts": moe.num_experts,
         "num_experts_per_token": moe.top_k,
@@ -103,7 +110,7 @@ class _Parts:
     mla: MLAConfig
     dense: SwiGLUConfig | None
     moe: MoEConfig | None
-    # Leading dense layers in front of expert layers.
+    # Leading dense layers: all of them, without experts.
     first_dense: int
 
 
@@ -118,11 +125,13 @@ def _parts(config: KimiLinearConfig) -> _Parts:
     dense, moe = _only(SwiGLUConfig, ffns), _only(MoEConfig, ffns)
     if mla is None:
         raise _misfit("no latent attention layer", "at least one")
-    _check_mla(mla)
+    _check_mla(mla, config.norm_eps)
     if kda is not None:
         _check_kda(kda, config.norm_eps)
+    if moe is not None and moe.biased_combine:
+        raise _misfit("biased_combine", "weights without the selection bias")
     is_dense = [ffn.kind == "swiglu" for ffn in ffns]
-    first_dense = 0 if moe is None else is_dense.index(False)
+    first_dense = len(ffns) if moe is None else is_dense.index(False)
     if moe is not None and any(is_dense[first_dense:]):
         raise _misfit("a dense layer behind an expert layer", "dense layers first")
     return _Parts(kda, mla, dense, moe, first_dense)
@@ -142,12 +151,12 @@ def _only(cls: type[C], parts: Sequence[ComponentConfig]) -> C | None:
     return found[0] if found else None
 
 
-def _check_mla(mla: MLAConfig) -> None:
-    if mla.rope_theta is not None or mla.latent_norm_eps != LATENT_NORM_EPS:
-        raise _misfit(
-            f"latent attention with rope_theta {mla.rope_theta} and latent_norm_eps {mla.latent_norm_eps}",
-            f"None and {LATENT_NORM_EPS}",
-        )
+def _check_mla(mla: MLAConfig, norm_eps: float) -> None:
+    if mla.rope_theta is not None:
+        raise _misfit(f"latent attention with rope_theta {mla.rope_theta}", "no positions")
+    # Some engines read a checkpoint of the released type with the one, some with the other.
+    if mla.latent_norm_eps not in (LATENT_NORM_EPS, norm_eps):
+        raise _misfit(f"latent_norm_eps {mla.latent_norm_eps}", f"{LATENT_NORM_EPS} or the model's {norm_eps}")
 
 
 def _check_kda(kda: KDAConfig, norm_eps: float) -> None:
