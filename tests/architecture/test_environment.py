@@ -13,7 +13,7 @@ from support.source_tree import Module, modules
 ALLOWED = {
     "kimi_linear.base.env": "the one place that reads it",
     "kimi_linear.checkpoint.hub": "where the model hub's own variables put its cache",
-    "kimi_linear.training.data.tokenizer": "sets a variable of the tokenizers library before importing it",
+    "kimi_linear.text.tokenizer": "sets a variable of the tokenizers library before importing it",
 }
 ACCESS = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 

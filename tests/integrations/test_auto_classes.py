@@ -24,7 +24,7 @@ from kimi_linear.integrations.transformers import (
     wrap_tokenizer,
 )
 from kimi_linear.models.kimi_linear.state_dict import to_release
-from kimi_linear.training.data import Tokenizer
+from kimi_linear.text.tokenizer import Tokenizer
 from support.awkward import AWKWARD, lively_model
 from support.source_tree import SOURCE
 

@@ -22,10 +22,11 @@ from kimi_linear.causal_lm import KimiLinearForCausalLM, load_model
 from kimi_linear.checkpoint.gguf.export import export_gguf
 from kimi_linear.nn.ffn import MoEConfig
 from kimi_linear.nn.mixers import KDAConfig
-from kimi_linear.training.data import Tokenizer
+from kimi_linear.text.tokenizer import Tokenizer
 from support import awkward
 from support.awkward import AWKWARD, build, prompt, with_latent_norm_eps
 from support.engines import STEPS, computing_as, for_llama
+from support.released_text import released_tokenizer, write_release
 
 pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install 'kimi-linear[peers]'")
 pytest.importorskip("gguf", reason="gguf is not installed: pip install 'kimi-linear[gguf]'")
@@ -76,30 +77,41 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any
             path = folder / f"{name}-{type}.gguf"
             assert export_gguf(folder / name, path, type).widened == ()
             ways[name, type], models[name, type] = path, agreeing(config, path)
-    write_texts(folder / "texts")
+    kinds = ("trained", "released")
+    for kind in kinds:
+        write_texts(folder / kind)
     requests = [
         {"path": str(path), "prompt": ids(name), "tokens": STEPS + 1, "float32": way in ("float32", "f32")}
         for (name, way), path in ways.items()
     ]
     requests += [
-        {"path": str(folder / "texts.gguf"), "prompt": prompt, "tokens": 16, "float32": True}
+        {"path": str(folder / f"{kind}.gguf"), "prompt": prompt, "tokens": 16, "float32": True}
+        for kind in kinds
         for text in TEXTS
-        for prompt in (text, Tokenizer.load(folder / "texts").encode(text))
+        for prompt in (text, Tokenizer.load(folder / kind).encode(text))
     ]
     done = subprocess.run([sys.executable, WORKER], input=json.dumps(requests), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     replies = json.loads(done.stdout)
-    models["texts", "pairs"], ways["texts", "pairs"] = None, None
-    replies = [*replies[: -2 * len(TEXTS)], replies[-2 * len(TEXTS) :]]
+    texts, pairs = replies[-4 * len(TEXTS) :], 2 * len(TEXTS)
+    replies = [*replies[: -4 * len(TEXTS)], texts[:pairs], texts[pairs:]]
+    for kind in kinds:
+        models["texts", kind], ways["texts", kind] = None, None
     return {key: (models[key], reply) for key, reply in zip(ways, replies, strict=True)}
 
 
 def write_texts(folder: Path) -> None:
-    """A model with a tokenizer of its own, as a checkpoint and as a GGUF file beside it."""
-    tokenizer = Tokenizer.train(TEXTS * 3, vocab_size=320)
+    """A model with a tokenizer, trained here or of the released kind, as a checkpoint and as a GGUF file beside it."""
+    if folder.name == "trained":
+        tokenizer = Tokenizer.train(TEXTS * 3, vocab_size=320)
+    else:
+        tokenizer = released_tokenizer()
     model = awkward.lively_model("odd-heads", replace(BLOCKS, vocab_size=tokenizer.vocab_size, eos_token_id=None))
     model.save_pretrained(folder)
-    tokenizer.save(folder)
+    if folder.name == "trained":
+        tokenizer.save(folder)
+    else:
+        write_release(folder)
     assert export_gguf(folder, folder.with_suffix(".gguf"), "f32").has_tokenizer
 
 
@@ -151,9 +163,10 @@ def test_llama_runs_smaller_types(asked: dict[tuple[str, str], Any], type: str) 
     assert apart < (0.05 if type == "bf16" else 0.15)
 
 
-def test_llama_cuts_text_as_our_tokenizer_does(asked: dict[tuple[str, str], Any]) -> None:
+@pytest.mark.parametrize("kind", ["trained", "released"])
+def test_llama_cuts_text_as_our_tokenizer_does(asked: dict[tuple[str, str], Any], kind: str) -> None:
     """A prompt as text and as our ids: what follows is the same to the last bit."""
-    _, replies = asked["texts", "pairs"]
+    _, replies = asked["texts", kind]
     from_text, from_ids = replies[::2], replies[1::2]
     assert all(from_text)
     assert from_text == from_ids

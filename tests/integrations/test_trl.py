@@ -25,7 +25,7 @@ from kimi_linear import preset
 from kimi_linear.integrations.transformers import (
     KimiLinearHybridConfig, KimiLinearHybridForCausalLM, wrap_tokenizer
 )
-from kimi_linear.training.data import Tokenizer
+from kimi_linear.text.tokenizer import Tokenizer
 
 texts = [f"The capital of country {i} is city {i % 7}. " * 2 for i in range(48)]
 tokenizer = Tokenizer.train(texts, vocab_size=300)

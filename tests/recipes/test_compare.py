@@ -18,7 +18,7 @@ from kimi_linear.cli.main import app
 from kimi_linear.integrations.engines import open_engine
 from kimi_linear.models.kimi_linear.presets import preset
 from kimi_linear.recipes.compare import OurEngine, Trace, compare, report, weight_error
-from kimi_linear.training.data import Tokenizer
+from kimi_linear.text.tokenizer import Tokenizer
 from support.awkward import AWKWARD, lively_model
 
 NAME = "two-dense"
@@ -260,7 +260,7 @@ def test_text_goes_through_the_tokenizer(directory: Path, tmp_path: Path) -> Non
         ([], "give the prompt as --prompt TEXT or as --ids"),
         (["--ids", "1", "--prompt", "x"], "one of the two"),
         (["--ids", "1,x"], "--ids is '1,x', expected whole numbers"),
-        (["--prompt", "x"], "neither checkpoint has a tokenizer.json"),
+        (["--prompt", "x"], "neither checkpoint has a tokenizer"),
     ],
 )
 def test_the_commands_mistakes_are_one_sentence(directory: Path, arguments: list[str], message: str) -> None:

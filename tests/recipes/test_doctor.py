@@ -391,14 +391,18 @@ def test_a_model_without_experts_lacks_their_keys_for_some_engines_only(tmp_path
     assert [finding.affects for finding in found] == [("llama.cpp", "mlx-lm")]
 
 
-def test_a_tied_output_head_becomes_a_tensor_of_its_own(tmp_path: Path) -> None:
-    KimiLinearForCausalLM(dataclasses.replace(CONFIG, tie_embeddings=True)).save_pretrained(tmp_path / "model")
+def test_a_tied_output_head_is_stored_for_engines_that_never_tie(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, tie_embeddings=True)
+    KimiLinearForCausalLM(config).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({name: x for name, x in load_file(file).items() if name != "lm_head.weight"}, file)
     result = repair(tmp_path / "model", tmp_path / "fixed")
     assert ["transformers never ties" in finding.text for finding in result.fixed] == [True]
     assert {finding.check for finding in result.left} == {"tokenizer", "chat"}
     assert [finding.severity for finding in check_values(gather(tmp_path / "fixed"))] == ["ok"]
     tied, fixed = load_model(tmp_path / "model"), load_model(tmp_path / "fixed")
-    assert fixed.config == CONFIG
+    assert fixed.config == config
+    assert "lm_head.weight" in load_file(tmp_path / "fixed" / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(tied(torch.arange(9)[None]).logits, fixed(torch.arange(9)[None]).logits)
 

@@ -77,6 +77,16 @@ AWKWARD: dict[str, KimiLinearConfig] = {
         hidden_size=72,
         eos_token_id=2,
     ),
+    # Weights of the experts that do not sum to one; three dense layers, the third of which attends.
+    "unnormalised": build(
+        KDAConfig(num_heads=6, head_dim=16),
+        _mla(2, 40, 20, 4, 24),
+        MoEConfig(num_experts=6, top_k=3, intermediate_size=24, scaling=1.5, renormalize=False),
+        *(88, "kkmKKM"),
+        vocab_size=141,
+        hidden_size=52,
+        eos_token_id=2,
+    ),
     # The released proportions: 27 layers in its order, key slices of 192 and values of 128 in small.
     "released-order": build(
         KDAConfig(num_heads=2, head_dim=16),
@@ -96,6 +106,7 @@ STORED = {
     "two-dense": torch.float32,
     "wide-keys": torch.float16,
     "mostly-mla": torch.float32,
+    "unnormalised": torch.bfloat16,
     "released-order": torch.bfloat16,
 }
 

@@ -39,6 +39,11 @@ def model_json(config: KimiLinearConfig, dtype: str) -> dict[str, Any]:
         return {**own, **config.to_dict()}
 
 
+def fits_release(config: KimiLinearConfig) -> bool:
+    """Return whether the released type can hold a model."""
+    return model_json(config, "float32")["model_type"] != OWN_TYPE
+
+
 def generation_json(config: KimiLinearConfig, end_token_ids: Sequence[int]) -> dict[str, Any]:
     """Return the contents of generation_config.json: the special tokens that there are.
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from kimi_linear.base.errors import CheckpointError
-from kimi_linear.checkpoint.reader import StoredTensor, list_names
+from kimi_linear.checkpoint.reader import StoredTensor, list_names, open_shard
 from kimi_linear.checkpoint.writer import DTYPE_NAMES
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.dialects import Move, locate
 from kimi_linear.models.kimi_linear.state_dict import to_release
 
 _ROUTER_BIAS = "e_score_correction_bias"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def release_views(state: Mapping[str, Tensor], config: KimiLinearConfig) -> dict[str, Tensor]:
@@ -44,6 +45,14 @@ def narrow_router_biases(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> d
     return narrowed
 
 
+def with_tied_head(tensors: Mapping[str, Tensor], config: KimiLinearConfig) -> dict[str, Tensor]:
+    """Return the tensors with the output head that tied embeddings are, for engines that do not tie them by themselves.
+
+    transformers' model of the released type reads a head in any case, and draws one where the checkpoint has none.
+    """
+    return {**tensors, HEAD: tensors[EMBEDDING]} if config.tie_embeddings else dict(tensors)
+
+
 def check_fits(stored: Mapping[str, StoredTensor], config: KimiLinearConfig, directory: Path) -> list[Move]:
     """Check a checkpoint, in the release's layout or another one, against its configuration; return what goes where.
 
@@ -51,6 +60,8 @@ def check_fits(stored: Mapping[str, StoredTensor], config: KimiLinearConfig, dir
         CheckpointError: Tensors are missing, unexpected, of another shape or not floating; lists the first ten each.
     """
     known = {name: tensor for name, tensor in stored.items() if not may_be_skipped(name)}
+    if config.tie_embeddings and EMBEDDING in known and HEAD in known:
+        _check_tied(known[EMBEDDING], known.pop(HEAD), directory)
     moves, missing = locate({name: tensor.shape for name, tensor in known.items()}, config)
     expected = {move.stored: move.shape for move in moves}
     shapes = [
@@ -85,6 +96,16 @@ def _incomplete(moves: Sequence[Move]) -> list[str]:
     """Return the release tensors of which only some rows are stored."""
     rows = Counter(move.release for move in moves if move.rows is not None)
     return [f"a part of {name}" for name, count in rows.items() if count != 2]
+
+
+def _check_tied(embedding: StoredTensor, head: StoredTensor, directory: Path) -> None:
+    with open_shard(embedding.file) as file, open_shard(head.file) as other:
+        same = embedding.dtype == head.dtype and torch.equal(file.get_tensor(EMBEDDING), other.get_tensor(HEAD))
+    if not same:
+        raise CheckpointError(
+            f"{directory}: config.json says tie_word_embeddings, and {HEAD} is not {EMBEDDING}; set "
+            "tie_word_embeddings to false there if the head was trained on its own."
+        )
 
 
 def may_be_skipped(name: str) -> bool:

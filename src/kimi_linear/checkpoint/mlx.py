@@ -54,6 +54,6 @@ def export_mlx(
 def _check_mlx(config: KimiLinearConfig) -> None:
     if not to_release_config(config)["linear_attn_config"]["kda_layers"]:
         raise CheckpointError(
-            "mlx-lm's kimi_linear cannot hold this model: it has no layer with Kimi Delta Attention, and that type expects "
-            "some; export another format."
+            "mlx-lm's kimi_linear cannot hold this model: it has no layer with Kimi Delta Attention, and that type "
+            "expects some; export another format."
         )

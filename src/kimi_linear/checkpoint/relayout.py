@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from tqdm import tqdm
 
 from kimi_linear.base.errors import CheckpointError
 from kimi_linear.base.files import atomic_directory
-from kimi_linear.checkpoint.configs import CONFIG_NAME, GENERATION_NAME, generation_json, model_json
-from kimi_linear.checkpoint.layout import part_of_release
+from kimi_linear.checkpoint.configs import CONFIG_NAME, GENERATION_NAME, fits_release, generation_json, model_json
+from kimi_linear.checkpoint.layout import EMBEDDING, HEAD, part_of_release
 from kimi_linear.checkpoint.load import torch_dtype
 from kimi_linear.checkpoint.save import write_json
 from kimi_linear.checkpoint.source import Source, open_source
@@ -76,6 +77,9 @@ def write_layout(
     moves: dict[str, list[Move]] = {}
     for move in moves_into(layout, source.config):
         moves.setdefault(move.stored, []).append(move)
+    if layout == RELEASE and source.config.tie_embeddings and fits_release(source.config):
+        # transformers reads a head in any case, and draws one where there is none.
+        moves[HEAD] = [replace(moves[EMBEDDING][0], stored=HEAD)]
     # Shapes and dtypes without memory.
     tensors = {
         name: torch.empty(pieces[0].shape, dtype=_dtype(source, pieces[0].release, wanted), device="meta")

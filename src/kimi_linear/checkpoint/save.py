@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kimi_linear.base.errors import CheckpointError, ConfigError
 from kimi_linear.base.files import atomic_directory
-from kimi_linear.checkpoint.configs import CONFIG_NAME, GENERATION_NAME, generation_json, model_json
-from kimi_linear.checkpoint.layout import narrow_router_biases, release_views
+from kimi_linear.checkpoint.configs import CONFIG_NAME, GENERATION_NAME, fits_release, generation_json, model_json
+from kimi_linear.checkpoint.layout import narrow_router_biases, release_views, with_tied_head
 from kimi_linear.checkpoint.model_card import CARD_NAME, model_card
 from kimi_linear.checkpoint.writer import explain_write_errors, parse_size, write_tensors
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
@@ -45,7 +45,8 @@ def save_checkpoint(
     """Write a checkpoint directory in the released layout.
 
     Writes config.json, generation_config.json, model.safetensors (or shards with an index), a model card where there
-    is no README.md yet and, if given, copies of the tokenizer's files. Everything goes into a temporary directory
+    is no README.md yet and, if given, copies of the tokenizer's files. Tied embeddings are written a
+    second time, as the output head, where the released type says so. Everything goes into a temporary directory
     beside `path`, is flushed to disk and renamed. An existing checkpoint is replaced; files beside its weights
     (tokenizer, chat template, licence, README.md) are carried along.
 
@@ -75,6 +76,8 @@ def save_checkpoint(
     stale = set(TOKENIZER_FILES) if tokenizer_from is not None else set(tokenizer)
     dtype_name = str(dtype).removeprefix("torch.")
     described = model_json(config, dtype_name)
+    if fits_release(config):
+        tensors = with_tied_head(tensors, config)
     card = model_card(config, dtype_name, model_type=described["model_type"], license=license, base_model=base_model)
     with explain_write_errors(target):
         kept = {file.name: file for file in _existing_files(target) if file.name not in stale}

@@ -48,12 +48,13 @@ def _read_ids(text: str) -> list[int]:
 
 
 def _encode(text: str, engines: "tuple[Engine, ...]") -> list[int]:
-    from kimi_linear.training.data import Tokenizer
+    from kimi_linear.checkpoint.save import VOCABULARIES
+    from kimi_linear.text.tokenizer import Tokenizer
 
     for engine in engines:
-        if engine.directory is not None and (engine.directory / "tokenizer.json").is_file():
+        if engine.directory is not None and any((engine.directory / name).is_file() for name in VOCABULARIES):
             return Tokenizer.load(engine.directory).encode(text)
-    raise CheckpointError("neither checkpoint has a tokenizer.json; give the prompt as --ids 1,2,3.")
+    raise CheckpointError("neither checkpoint has a tokenizer; give the prompt as --ids 1,2,3.")
 
 
 def _finite(value: Any) -> Any:

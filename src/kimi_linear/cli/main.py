@@ -5,7 +5,7 @@ import sys
 import typer
 
 from kimi_linear.base.errors import KimiLinearError
-from kimi_linear.cli import bench, compare, demo, doctor, export, generate, inspect, plan, train
+from kimi_linear.cli import bench, chat, compare, demo, doctor, export, generate, inspect, plan, train
 
 app = typer.Typer(
     name="kimi-linear",
@@ -17,6 +17,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)

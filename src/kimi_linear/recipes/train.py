@@ -30,6 +30,7 @@ from tqdm import tqdm
 from kimi_linear.base.config import from_dict, read_json, to_dict
 from kimi_linear.base.errors import ConfigError
 from kimi_linear.base.files import atomic_file
+from kimi_linear.base.writing import explain_write_errors
 from kimi_linear.checkpoint.save import save_checkpoint
 from kimi_linear.evaluation.bits_per_byte import bits_per_byte
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
@@ -46,7 +47,6 @@ from kimi_linear.training.data import (
     ValidationBatches,
     prepare_shards,
 )
-from kimi_linear.training.data.writing import explain_write_errors
 from kimi_linear.training.loop import TrainConfig, Trainer
 from kimi_linear.training.optim import OptimConfig, build_optimizers
 from kimi_linear.training.precision import autocast

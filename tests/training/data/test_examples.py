@@ -3,7 +3,7 @@ import importlib
 
 import pytest
 
-MODULES = ("batches", "byte_level", "compression", "corpus", "prepare", "shards", "sources", "tokenizer", "validation")
+MODULES = ("batches", "compression", "corpus", "prepare", "shards", "sources", "validation")
 
 
 @pytest.mark.parametrize("name", MODULES)

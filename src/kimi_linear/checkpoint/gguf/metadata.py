@@ -56,8 +56,8 @@ def to_metadata(config: KimiLinearConfig) -> dict[str, Any]:
         [0, 0, 0, 1]
     """
     release = to_release_config(config)
-    if release["num_experts"] is None:
-        release |= _NO_EXPERTS | {"first_k_dense_replace": config.num_layers}
+    if not release["num_experts"]:
+        release |= _NO_EXPERTS
     else:
         _check_experts(release)
     _check_attention(release)

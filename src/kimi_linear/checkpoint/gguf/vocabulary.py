@@ -1,12 +1,14 @@
 """A tokenizer.json in GGUF's terms: tokens with their types, merges, and the name of the way text is cut."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kimi_linear.base.config import read_json
-from kimi_linear.base.errors import CheckpointError, ConfigError
+from kimi_linear.base.errors import CheckpointError, ConfigError, DataError
+from kimi_linear.text.tokenizer import Tokenizer
 
 # Types of tokens.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -31,15 +33,13 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary | None:
         CheckpointError: A tokenizer that cannot be written to GGUF; says why.
     """
     path = directory / "tokenizer.json"
-    if not path.is_file():
-        if (directory / "tiktoken.model").is_file():
-            raise CheckpointError(
-                f"{directory} has a tiktoken.model and no tokenizer.json; convert the one to the other first."
-            )
+    is_tiktoken = not path.is_file() and (directory / "tiktoken.model").is_file()
+    if not path.is_file() and not is_tiktoken:
         return None
     try:
-        return from_tokenizer_json(read_json(path), size)
-    except (CheckpointError, ConfigError) as error:
+        given = json.loads(Tokenizer.load(directory, vocab_size=size).to_json()) if is_tiktoken else read_json(path)
+        return from_tokenizer_json(given, size)
+    except (CheckpointError, ConfigError, DataError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a tokenizer.json of the usual form ({error!r}).") from error

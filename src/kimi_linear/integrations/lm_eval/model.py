@@ -21,7 +21,7 @@ from kimi_linear.inference.generate import generate
 from kimi_linear.inference.params import SamplingParams
 from kimi_linear.integrations.lm_eval.scoring import Scored, score
 from kimi_linear.ops.linear.packed import WeightFormat
-from kimi_linear.training.data import Tokenizer
+from kimi_linear.text.tokenizer import Tokenizer
 
 
 @register_model("kimi-linear")
@@ -34,7 +34,7 @@ class KimiLinearEvalLM(TemplateLM):
 
     Args:
         pretrained: A model, or what `kimi_linear.load_model` takes.
-        tokenizer: Ours; default: the tokenizer.json beside the checkpoint.
+        tokenizer: Ours; default: the one beside the checkpoint.
         batch_size: Sequences run together. The results of one do not depend on the others.
         max_length: Most tokens a prediction may follow from. Default: the model's.
         max_gen_toks: New tokens where a task does not say.
@@ -66,7 +66,7 @@ class KimiLinearEvalLM(TemplateLM):
                 raise ConfigError("a model was given without a tokenizer; pass tokenizer=Tokenizer.load(...).")
         else:
             self.model = load_model(pretrained, dtype=dtype, device=device or "cpu", weights=weights)
-            tokenizer = tokenizer or Tokenizer.load(resolve(pretrained))
+            tokenizer = tokenizer or Tokenizer.load(resolve(pretrained), vocab_size=self.model.config.vocab_size)
         self.text = tokenizer
         if self.text.vocab_size > self.model.config.vocab_size:
             raise ConfigError(

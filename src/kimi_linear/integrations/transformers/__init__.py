@@ -11,6 +11,7 @@ released type stay with transformers' own class unless `register(native=True)` i
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from kimi_linear.integrations.transformers.accelerate import Acceleration, accelerate
 from kimi_linear.integrations.transformers.cache import KimiLinearCache
 from kimi_linear.integrations.transformers.configuration import KimiLinearHybridConfig
 from kimi_linear.integrations.transformers.model import KimiLinearHybridForCausalLM
@@ -18,9 +19,11 @@ from kimi_linear.integrations.transformers.native import KimiLinearReleaseConfig
 from kimi_linear.integrations.transformers.tokenizer import KimiLinearTokenizer, wrap_tokenizer
 
 __all__ = [
+    "Acceleration",
     "KimiLinearCache",
     "KimiLinearHybridConfig",
     "KimiLinearHybridForCausalLM",
+    "accelerate",
     "register",
     "wrap_tokenizer",
 ]

@@ -5,6 +5,7 @@ from typing import Any
 
 from kimi_linear.base.errors import ConfigError
 from kimi_linear.checkpoint.configs import OWN_TYPE
+from kimi_linear.checkpoint.layout import HEAD
 from kimi_linear.models.kimi_linear.release_config import to_release_config, unknown_keys
 from kimi_linear.nn.ffn import MoEConfig
 from kimi_linear.nn.mixers import KDAConfig, MLAConfig
@@ -114,9 +115,9 @@ def layers(evidence: Evidence) -> Iterator[Finding]:
     if "kda" not in kinds:
         text = "no layer is linear, which mlx-lm expects."
         yield Finding("layers", "warning", text, (MLX,), "load it with another engine")
-    if config.tie_embeddings:
+    if config.tie_embeddings and HEAD not in evidence.stored:
         text = "the output head is the embedding; transformers never ties them and draws a new head at random."
-        yield Finding("layers", "error", text, (TRANSFORMERS,), "store the head as a tensor of its own", fixable=True)
+        yield Finding("layers", "error", text, (TRANSFORMERS,), "store the head too", fixable=True)
     heads = {b.mixer.num_heads for b in config.layer_blocks if isinstance(b.mixer, (KDAConfig, MLAConfig))}
     if len(heads) > 1:
         text = f"linear and full attention have different numbers of heads ({sorted(heads)}); llama.cpp expects one."

@@ -1,6 +1,5 @@
 """A repaired copy of a checkpoint; the original is only read."""
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import Tensor
 from kimi_linear.base.errors import CheckpointError
 from kimi_linear.checkpoint.assemble import assemble, mapped_tensors
 from kimi_linear.checkpoint.configs import CONFIG_NAME, GENERATION_NAME, generation_json, model_json
-from kimi_linear.checkpoint.layout import check_fits, narrow_router_biases
+from kimi_linear.checkpoint.layout import check_fits, narrow_router_biases, with_tied_head
 from kimi_linear.checkpoint.model_card import model_card
 from kimi_linear.checkpoint.reader import PICKLES, list_names
 from kimi_linear.checkpoint.save import is_weights, write_checkpoint
@@ -40,9 +39,9 @@ def repair(path: str | os.PathLike[str], target: str | os.PathLike[str], max_sha
     """Write a copy in the release's layout, with every released key, a fresh index, and all end tokens.
 
     Weights go from the mapped files to the copy one tensor at a time. Decays below float32 are stored as float32 and
-    router biases as the weights, where that loses nothing; a tied output head becomes a tensor of its own; every other
-    number stays as it is. Unknown keys of config.json are kept; Python files that its auto_map names, and pickle files,
-    are not copied.
+    router biases as the weights, where that loses nothing; a tied output head is stored once more, for engines that
+    never tie; every other number stays as it is. Unknown keys of config.json are kept; Python files that its auto_map
+    names, and pickle files, are not copied.
 
     Args:
         path: The checkpoint.
@@ -60,9 +59,8 @@ def repair(path: str | os.PathLike[str], target: str | os.PathLike[str], max_sha
     if config is None:
         raise CheckpointError(f"this cannot be repaired: {evidence.problem}")
     tensors = _tensors(evidence)
-    if config.tie_embeddings and evidence.is_released_type:
-        config = dataclasses.replace(config, tie_embeddings=False)
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    if evidence.is_released_type:
+        tensors = with_tied_head(tensors, config)
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     kept = {key: evidence.given[key] for key in unknown_keys(dict(evidence.given)) if key in evidence.given}
     described = {**(kept if evidence.is_released_type else {}), **model_json(config, dtype)}

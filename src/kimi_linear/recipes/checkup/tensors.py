@@ -8,7 +8,7 @@ import torch
 
 from kimi_linear.base.errors import CheckpointError
 from kimi_linear.checkpoint.assemble import mapped_tensors
-from kimi_linear.checkpoint.layout import check_fits, may_be_skipped
+from kimi_linear.checkpoint.layout import HEAD, check_fits, may_be_skipped
 from kimi_linear.checkpoint.reader import StoredTensor, list_names
 from kimi_linear.models.kimi_linear.dialects import MLX as MLX_LAYOUT
 from kimi_linear.models.kimi_linear.dialects import RELEASE
@@ -39,7 +39,8 @@ def presence(evidence: Evidence) -> Iterator[Finding]:
         check_fits(usable(evidence), evidence.config, evidence.directory)
     except CheckpointError as error:
         yield Finding("tensors", "error", str(error), ALL, "download or save the checkpoint again")
-    unused = evidence.stored.keys() - {move.stored for move in evidence.moves}
+    tied = {HEAD} if evidence.config is not None and evidence.config.tie_embeddings else set()
+    unused = evidence.stored.keys() - {move.stored for move in evidence.moves} - tied
     if unused and evidence.moves:
         harmless = all(may_be_skipped(name) for name in unused)
         text = f"{len(unused)} tensors have no use in this network ({list_names(unused)})."

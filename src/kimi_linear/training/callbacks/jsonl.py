@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kimi_linear.base.files import atomic_file
+from kimi_linear.base.writing import explain_write_errors
 from kimi_linear.training.callbacks.base import Callback, EvalRecord, FitResult, StepRecord
-from kimi_linear.training.data.writing import explain_write_errors
 
 
 class JsonlMetrics(Callback):

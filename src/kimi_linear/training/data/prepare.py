@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from kimi_linear.base.errors import DataError
 from kimi_linear.base.files import atomic_directory
+from kimi_linear.base.writing import explain_write_errors
+from kimi_linear.text.tokenizer import Tokenizer
 from kimi_linear.training.data.shards import MANIFEST, VERSION, Manifest, TokenShards, shard_name
 from kimi_linear.training.data.sources import TextSource
-from kimi_linear.training.data.tokenizer import Tokenizer
-from kimi_linear.training.data.writing import explain_write_errors
 
 # 2^28 tokens: half a gigabyte a file with uint16.
 SHARD_TOKENS = 1 << 28

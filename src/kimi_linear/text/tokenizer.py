@@ -1,14 +1,15 @@
-"""Byte-level BPE tokenizer: trained on text, saved as the usual `tokenizer.json`, exact for any Unicode text.
+"""Byte-level BPE tokenizer: trained on text or read from files, saved as `tokenizer.json`, exact for any Unicode text.
 
-A thin class over the `tokenizers` library. Text is cut by the GPT-2 pattern, which covers every character, and the
-vocabulary holds all 256 bytes, so no text is lost and none is unknown. A special token such as `<|endoftext|>` in a
-text is ordinary text unless the caller asks for it to be parsed.
+A thin class over the `tokenizers` library. A trained one cuts text by the GPT-2 pattern, which covers every character,
+and the vocabulary holds all 256 bytes, so no text is lost and none is unknown. A special token such as `<|endoftext|>`
+in a text is ordinary text unless the caller asks for it to be parsed.
 """
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -20,10 +21,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kimi_linear.base.errors import ConfigError, DataError
 from kimi_linear.base.files import atomic_file
-from kimi_linear.training.data.byte_level import byte_alphabet
-from kimi_linear.training.data.writing import explain_write_errors
+from kimi_linear.base.writing import explain_write_errors
+from kimi_linear.text import tiktoken
+from kimi_linear.text.byte_level import byte_alphabet
+from kimi_linear.text.names import stated_end_ids, stated_names
+from kimi_linear.text.unicode import check_unicode
 
 END_OF_TEXT = "<|endoftext|>"
+# What the released family ends a turn or a text with.
+_RELEASED_ENDS = ("<|im_end|>", "[EOS]", "[EOT]")
+_RELEASED_NAMES = {"bos_token": "[BOS]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
 
 # The library's thread pool does not survive a fork: a child hangs or prints a warning, and torch.compile forks. Setting
 # the variable to "true" encodes faster on many cores (1.6 times on two); a user's own setting stands.
@@ -40,9 +47,14 @@ _GROUP_PIECES = 1 << 12
 class Tokenizer:
     """A byte-level BPE tokenizer.
 
+    `special_ids` are the ids of the tokens flagged as special, by text; `control_ids` those of every token added to the
+    vocabulary other than whitespace; `names` has the texts of `bos_token`, `eos_token`, `pad_token` and `unk_token`, as
+    far as there are such; `is_released_kind` says whether text is cut as the released tokenizer does it.
+
     Args:
         backend: A tokenizer of the `tokenizers` library.
-        eos: The special token that ends, and here also begins, a document.
+        eos: The special token that ends a document; in training it also begins one.
+        names: Texts for `names`; the defaults are `[BOS]`, `[PAD]` and `[UNK]`.
 
     Raises:
         DataError: The vocabulary lacks a byte or the eos token.
@@ -53,18 +65,24 @@ class Tokenizer:
         'not to be'
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos: str = END_OF_TEXT) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, eos: str = END_OF_TEXT, *, names: Mapping[str, str] | None = None
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self.special_ids: dict[str, int] = {t.content: id for id, t in sorted(added.items()) if t.special}
+        self.control_ids: dict[str, int] = {t.content: id for id, t in sorted(added.items()) if t.content.strip()}
         if eos not in self.special_ids:
-            known = ", ".join(self.special_ids) or "none"
+            known = ", ".join(list(self.special_ids)[:20]) or "none"
             raise DataError(f"the tokenizer has no special token {eos!r}; it has: {known}. Name one of them as eos.")
         self.eos = eos
         self.eos_id: int = self.special_ids[eos]
+        wanted = {**_RELEASED_NAMES, **(names or {}), "eos_token": eos}
+        self.names = {name: token for name, token in wanted.items() if token in self.control_ids}
+        self.is_released_kind = tiktoken.is_released_kind(backend)
         self._bytes = _bytes_of_tokens(backend)
 
     @classmethod
@@ -106,37 +124,75 @@ class Tokenizer:
         return cls(backend, eos=special_tokens[0])
 
     @classmethod
-    def load(cls, path: str | Path, *, eos: str = END_OF_TEXT) -> "Tokenizer":
-        """Read a `tokenizer.json`, or the one in a directory.
+    def load(cls, path: str | Path, *, eos: str | None = None, vocab_size: int | None = None) -> "Tokenizer":
+        """Read a `tokenizer.json`, or the tokenizer of a directory: that file, or `tiktoken.model`.
+
+        Args:
+            path: The file or the directory.
+            eos: The special token that ends a text; default: what the files beside say (`tokenizer_config.json`,
+                `generation_config.json`, `config.json`), else `<|endoftext|>`.
+            vocab_size: Rows of the model's embedding: `limit` to them.
 
         Raises:
-            DataError: The file is missing, unreadable, not a tokenizer, or not a byte-level BPE with that eos.
+            DataError: A file is missing, unreadable, not a tokenizer, not a byte-level BPE with that eos, or has
+                ordinary tokens that the model has not.
+            ConfigError: A file beside is not JSON.
         """
         file = _tokenizer_file(path)
+        is_tiktoken = not file.exists() and (file.parent / tiktoken.RANKS_NAME).is_file()
+        backend = tiktoken.read_tiktoken(file.parent, vocab_size) if is_tiktoken else _read_backend(file)
+        names = stated_names(file.parent) if file.name == "tokenizer.json" else {}
+        if eos is None:
+            ends = stated_end_ids(file.parent) if file.name == "tokenizer.json" else []
+            eos = names.get("eos_token") or _first_special(backend, ends) or END_OF_TEXT
         try:
-            text = file.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise DataError(f"{file} does not exist; give the path of a tokenizer.json.") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} cannot be read: {error}.") from error
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # The library raises nothing narrower.
-            raise DataError(f"{file} is not a tokenizer.json: {error}.") from error
-        try:
-            return cls(backend, eos=eos)
+            tokenizer = cls(backend, eos=eos, names=names)
+            return tokenizer if vocab_size is None else tokenizer.limit(vocab_size)
         except DataError as error:
-            raise DataError(f"{file}: {error}") from error
+            raise DataError(f"{file.parent if is_tiktoken else file}: {error}") from error
+
+    def limit(self, vocab_size: int) -> "Tokenizer":
+        """Return a tokenizer without the ids that a model of `vocab_size` rows has no embedding for.
+
+        The released tokenizer has two such ids, both control tokens: here they are text, and decoding them is refused.
+
+        Raises:
+            DataError: Ordinary tokens have such ids, so no text could be encoded safely.
+        """
+        if self.vocab_size <= vocab_size:
+            return self
+        described = json.loads(self._backend.to_str())
+        vocabulary = described["model"]["vocab"]
+        beyond = [token for token, id in vocabulary.items() if id >= vocab_size]
+        if ordinary := [token for token in beyond if token not in self.special_ids]:
+            raise DataError(
+                f"the tokenizer has {self.vocab_size} tokens, {len(ordinary)} of them ordinary ones behind the "
+                f"model's {vocab_size} rows; use the tokenizer that belongs to the model."
+            )
+        for token in beyond:
+            del vocabulary[token]
+        described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < vocab_size]
+        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(described)), self.eos, names=self.names)
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`, whole or not at all; a path without the suffix .json is its directory.
+
+        A directory without a `tokenizer_config.json` also gets one, which names eos, unless that is `<|endoftext|>`.
 
         Raises:
             DataError: It cannot be written (full disk, no permission); what was there before is untouched.
         """
         file = _tokenizer_file(path)
         with explain_write_errors(file), atomic_file(file) as temporary:
-            temporary.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+            temporary.write_text(self.to_json(), encoding="utf-8")
+        config = file.with_name(tiktoken.CONFIG_NAME)
+        if file != Path(path) and self.eos != END_OF_TEXT and not config.exists():
+            with explain_write_errors(config), atomic_file(config) as temporary:
+                temporary.write_text(json.dumps({"eos_token": self.eos}, indent=2) + "\n", encoding="utf-8")
+
+    def to_json(self) -> str:
+        """Return the contents of `tokenizer.json`."""
+        return self._backend.to_str(pretty=True)
 
     @property
     def vocab_size(self) -> int:
@@ -155,6 +211,18 @@ class Tokenizer:
         lengths[list(self.special_ids.values())] = 0
         return lengths
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a text or a turn: eos, and those of `<|im_end|>`, `[EOS]` and `[EOT]` that there are."""
+        ends = {self.special_ids[token] for token in _RELEASED_ENDS if token in self.special_ids}
+        return tuple(sorted({self.eos_id, *ends}))
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """Ids to put before a text to continue: eos for a tokenizer laid out as `train` does it, else none."""
+        is_ours = isinstance(self._backend.pre_tokenizer, pre_tokenizers.ByteLevel) and self.eos_id == 0
+        return (self.eos_id,) if is_ours else ()
+
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Return the tokens of a text, with nothing added before or after.
 
@@ -166,10 +234,23 @@ class Tokenizer:
         Raises:
             DataError: The text holds a lone surrogate.
         """
-        if parse_special:
-            _check_unicode(text)
-            return list(self._parsing_backend.encode(text, add_special_tokens=False).ids)
-        return next(self.encode_documents([text])).tolist()
+        if not parse_special:
+            return next(self.encode_documents([text])).tolist()
+        check_unicode(text)
+        pieces = tiktoken.pieces(text) if self.is_released_kind else [text]
+        encodings = [self._parsing_backend.encode(piece, add_special_tokens=False) for piece in pieces]
+        return list(chain.from_iterable(encoding.ids for encoding in encodings))
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the tokens of a text in which no added token is read, not even one that is not flagged as special.
+
+        Tokenizers flag marks such as `<tool_call>` as not special when they are part of a reply's text, and `encode`
+        reads those as their own library does. For the released kind the two functions are the same.
+
+        Raises:
+            DataError: The text holds a lone surrogate.
+        """
+        return next(self._encode([text], self._plain_backend)).tolist()
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Return the tokens of each text, as `encode` would."""
@@ -183,10 +264,14 @@ class Tokenizer:
 
         Cost: about 3 MB of text a second on one core.
         """
+        # In the released tokenizer every added token is a control token, whatever its flag says.
+        return self._encode(documents, self._plain_backend if self.is_released_kind else self._backend)
+
+    def _encode(self, documents: Iterable[str], backend: tokenizers.Tokenizer) -> Iterator[NDArray[np.uint32]]:
         parts: list[NDArray[np.uint32]] = []
-        for group in _groups(documents):
+        for group in _groups(documents, tiktoken.pieces if self.is_released_kind else _pieces):
             # encode_batch_fast leaves out character offsets, which nobody here reads.
-            encodings = self._backend.encode_batch_fast([piece for piece, _ in group], add_special_tokens=False)
+            encodings = backend.encode_batch_fast([piece for piece, _ in group], add_special_tokens=False)
             for encoding, (_, is_last) in zip(encodings, group, strict=True):
                 parts.append(np.array(encoding.ids, dtype=np.uint32))
                 if is_last:
@@ -222,9 +307,40 @@ class Tokenizer:
         # A second instance: the setting belongs to the backend, and changing it back and forth is not thread-safe.
         return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
+    @cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        if self.control_ids.keys() <= self.special_ids.keys():
+            return self._backend
+        # The library reads an added token in every text unless it is flagged as special.
+        plain = tokenizers.Tokenizer(self._backend.model)
+        plain.normalizer, plain.pre_tokenizer = self._backend.normalizer, self._backend.pre_tokenizer
+        plain.encode_special_tokens = True
+        for _, token in sorted(self._backend.get_added_tokens_decoder().items()):
+            token.special |= token.content in self.control_ids
+            plain.add_tokens([token])
+        return plain
+
 
 def _tokenizer_file(path: str | Path) -> Path:
     return Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
+
+
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"{file} does not exist; give the path of a tokenizer.json or a tiktoken.model.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}.") from error
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # The library raises nothing narrower.
+        raise DataError(f"{file} is not a tokenizer.json: {error}.") from error
+
+
+def _first_special(backend: tokenizers.Tokenizer, ids: Iterable[int]) -> str | None:
+    added = backend.get_added_tokens_decoder()
+    return next((added[id].content for id in ids if id in added and added[id].special), None)
 
 
 def _bytes_of_tokens(backend: tokenizers.Tokenizer) -> list[bytes]:
@@ -243,15 +359,6 @@ def _bytes_of_tokens(backend: tokenizers.Tokenizer) -> list[bytes]:
     return table
 
 
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"the text holds a lone surrogate (U+{ord(text[error.start]):04X}), which is no character; remove it."
-        ) from error
-
-
 def _pieces(text: str) -> Iterator[str]:
     """Yield a text in pieces that encode to the same tokens as the whole; nothing for an empty text."""
     start = 0
@@ -259,17 +366,17 @@ def _pieces(text: str) -> Iterator[str]:
         cut = _SAFE_CUT.search(text, start + _PIECE_CHARACTERS)
         stop = cut.start() if cut else len(text)
         piece = text[start:stop]
-        _check_unicode(piece)
+        check_unicode(piece)
         yield piece
         start = stop
 
 
-def _groups(documents: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+def _groups(documents: Iterable[str], cut: Callable[[str], Iterator[str]]) -> Iterator[list[tuple[str, bool]]]:
     """Yield lists of (piece, whether it ends its document), each list a bounded number of characters."""
     group: list[tuple[str, bool]] = []
     size = 0
     for document in documents:
-        pieces = list(_pieces(document)) or [""]
+        pieces = list(cut(document)) or [""]
         for i, piece in enumerate(pieces, start=1):
             group.append((piece, i == len(pieces)))
             size += len(piece)

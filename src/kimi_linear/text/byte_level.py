@@ -5,6 +5,8 @@ themselves, and the other 68 bytes take the characters from U+0100 up, in order 
 Models are Unsupervised Multitask Learners, 2019; the convention of every `ByteLevel` tokenizer.json since.)
 """
 
+from functools import cache
+
 
 def byte_alphabet() -> dict[str, int]:
     """Return the byte that each of the 256 characters of a byte-level vocabulary stands for.
@@ -19,3 +21,18 @@ def byte_alphabet() -> dict[str, int]:
     others = (byte for byte in range(256) if byte not in set(printable))
     alphabet.update({chr(0x100 + i): byte for i, byte in enumerate(others)})
     return alphabet
+
+
+def spell(token: bytes) -> str:
+    """Return the characters that stand for some bytes.
+
+    Example:
+        >>> spell(b" a")
+        'Ġa'
+    """
+    return token.decode("latin-1").translate(_characters())
+
+
+@cache
+def _characters() -> dict[int, str]:
+    return {byte: character for character, byte in byte_alphabet().items()}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import models, processors
 
 from kimi_linear.base.errors import ConfigError, DataError
+from kimi_linear.text import tokenizer as module
 from kimi_linear.training.data import TextSource, Tokenizer
-from kimi_linear.training.data import tokenizer as module
 
 END = "<|endoftext|>"
 # Trained once for the hypothesis tests, which must not use function fixtures.
@@ -24,6 +24,11 @@ PARTS = st.sampled_from(
 )
 TEXTS = st.one_of(st.text(), st.lists(PARTS, max_size=60).map("".join))
 QUICK = settings(deadline=None, max_examples=200)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TextSource("sotu", split="validation"), vocab_size=512)
 
 
 @QUICK

@@ -1,0 +1,1 @@
+"""Between text and tokens: tokenizers, the chat layout, and tool calls."""
