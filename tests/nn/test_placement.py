@@ -32,6 +32,7 @@ def test_lists_and_names_are_inverse() -> None:
     ("lists", "message"),
     [
         ({"kda": [0, 1], "mla": [2]}, "1-based"),
+        ({"kda": [True, 2], "mla": [3]}, "layer True of 'kda': layer lists are 1-based"),
         ({"kda": [1, 2], "mla": [2]}, "both 'kda' and 'mla'"),
         ({"kda": [1, 4], "mla": [5]}, r"layers \[2, 3\] are in no list"),
         ({"kda": [], "mla": []}, "layers all are in no list"),

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from kimi_linear.base.errors import CheckpointError, ConfigError
 from kimi_linear.causal_lm import KimiLinearForCausalLM, load_model
-from kimi_linear.checkpoint.reader import read_header
+from kimi_linear.checkpoint.header import read_header
 from kimi_linear.cli.main import app
 from kimi_linear.models.kimi_linear.presets import preset
 from kimi_linear.models.kimi_linear.release_config import to_release_config

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from kimi_linear.base.errors import ConfigError
+from kimi_linear.base.errors import ConfigError, list_names, shown
 
 T = TypeVar("T")
 
@@ -13,7 +13,7 @@ def unknown_name(what: str, name: str, known: list[str]) -> str:
     """Return the sentence for an unknown name: what was given, the nearest known one, all known ones."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {name!r}: {hint}known: {', '.join(sorted(known))}."
+    return f"unknown {what} {shown(name)}: {hint}known: {list_names(known, most=50)}."
 
 
 class Registry(Generic[T]):

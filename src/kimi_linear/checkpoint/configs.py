@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kimi_linear.base.config import read_json
-from kimi_linear.base.errors import CheckpointError, ConfigError
+from kimi_linear.base.errors import CheckpointError, ConfigError, shown
+from kimi_linear.checkpoint.header import MAX_TENSORS
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.release_config import from_release_config, to_release_config
-from kimi_linear.nn.component import ComponentConfig
+from kimi_linear.nn.component import MAX_SIZE, ComponentConfig
 from kimi_linear.nn.config import BlockConfig
 from kimi_linear.nn.ffn import MoEConfig
 from kimi_linear.nn.mixers import MLAConfig
@@ -64,31 +66,33 @@ def read_model_json(directory: Path) -> KimiLinearConfig:
         CheckpointError: It is missing, not JSON, of another model, or lacks or contradicts something; says what.
     """
     path = directory / CONFIG_NAME
-    if not path.is_file():
+    if not os.path.exists(path):
         raise CheckpointError(f"{directory} has no {CONFIG_NAME}; give the directory of a saved model.")
     try:
-        config = read_config(read_json(path))
-        # The shapes meet every size, so a size of the wrong type shows here and not in the middle of loading.
-        config.shapes()
-        return config
+        return read_config(read_json(path))
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (TypeError, AttributeError) as error:
-        # A value of another JSON type than its field, wherever it is first used.
-        raise CheckpointError(
-            f"{path} holds a value of the wrong type ({error}); download or save it again."
-        ) from error
 
 
 def read_config(given: dict[str, Any]) -> KimiLinearConfig:
     """Return the configuration that the contents of a config.json describe, of the released type or of our own.
 
     Raises:
-        ConfigError: They are of another model, or lack or contradict something; says what.
+        ConfigError: They are of another model, lack or contradict something, or describe more tensors than a checkpoint
+            may have; says what.
     """
     if given.get("model_type") != OWN_TYPE:
-        return from_release_config(given)
-    return KimiLinearConfig.from_dict({key: value for key, value in given.items() if key not in _OWN_KEYS})
+        config = from_release_config(given)
+    else:
+        config = KimiLinearConfig.from_dict({key: value for key, value in given.items() if key not in _OWN_KEYS})
+    ffns = [block.ffn for block in config.layer_blocks]
+    experts = sum(ffn.num_experts for ffn in ffns if isinstance(ffn, MoEConfig))
+    if 3 * experts + len(config.shapes()) > MAX_TENSORS:
+        raise ConfigError(
+            f"{experts} experts in {config.num_layers} layers are more tensors than the {MAX_TENSORS} that are read; "
+            "check num_experts and num_hidden_layers."
+        )
+    return config
 
 
 def with_switches(
@@ -141,14 +145,14 @@ def read_end_tokens(directory: Path) -> tuple[int, ...]:
     found: dict[int, None] = {}
     for name in (CONFIG_NAME, GENERATION_NAME):
         path = directory / name
-        if not path.is_file():
+        if not os.path.exists(path):
             continue
         try:
             given = read_json(path).get("eos_token_id")
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
         tokens = [] if given is None else given if isinstance(given, list) else [given]
-        if not all(type(token) is int and token >= 0 for token in tokens):
-            raise CheckpointError(f"{path}: eos_token_id is {given!r}, expected a token id or a list of them.")
+        if not all(type(token) is int and 0 <= token <= MAX_SIZE for token in tokens):
+            raise CheckpointError(f"{path}: eos_token_id is {shown(given)}, expected a token id or a list of them.")
         found |= dict.fromkeys(tokens)
     return tuple(found)

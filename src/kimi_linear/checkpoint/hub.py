@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from kimi_linear.base.errors import CheckpointError
+from kimi_linear.base.errors import CheckpointError, plain
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -19,16 +19,26 @@ def resolve(path_or_name: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: Neither a directory nor in the cache.
     """
-    path = Path(path_or_name).expanduser()
-    if path.is_dir() or is_gguf(path):
-        return path
-    if path.exists():
-        raise CheckpointError(
-            f"{path} is a file, expected the directory that holds config.json and the safetensors, or a .gguf file."
-        )
     name = str(path_or_name)
+    if not name:
+        # As a path, it would be the current directory.
+        raise CheckpointError("the path of the checkpoint is empty; give the directory of a saved model.")
+    try:
+        path = Path(path_or_name).expanduser()
+        if path.is_dir() or is_gguf(path):
+            return path
+        if path.exists():
+            raise CheckpointError(
+                f"{plain(str(path))} is a file, expected the directory of a saved model, or a .gguf file."
+            )
+    except (OSError, RuntimeError) as error:
+        # Too long, not permitted, or in the home of nobody.
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        raise CheckpointError(
+            f"{plain(name)} cannot be opened: {reason}; give the directory of a saved model."
+        ) from error
     if not re.fullmatch(rf"{_PART}/{_PART}", name):
-        raise CheckpointError(f"{path} does not exist; give the directory of a saved model.")
+        raise CheckpointError(f"{plain(name)} does not exist; give the directory of a saved model.")
     snapshot = _snapshot(cache_directory() / f"models--{name.replace('/', '--')}")
     if snapshot is None:
         raise CheckpointError(

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kimi_linear.base.errors import CheckpointError
-from kimi_linear.checkpoint.reader import StoredTensor, list_names, open_shard
+from kimi_linear.base.errors import CheckpointError, list_names, shown
+from kimi_linear.checkpoint.header import StoredTensor
+from kimi_linear.checkpoint.reader import open_shard
 from kimi_linear.checkpoint.writer import DTYPE_NAMES
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.dialects import Move, locate
@@ -65,7 +66,7 @@ def check_fits(stored: Mapping[str, StoredTensor], config: KimiLinearConfig, dir
     moves, missing = locate({name: tensor.shape for name, tensor in known.items()}, config)
     expected = {move.stored: move.shape for move in moves}
     shapes = [
-        f"{name} {list(known[name].shape)} instead of {list(shape)}"
+        f"{name} {shown(list(known[name].shape))} instead of {list(shape)}"
         for name, shape in expected.items()
         if not _shape_fits(known[name].shape, shape)
     ]

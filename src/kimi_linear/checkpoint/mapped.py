@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from kimi_linear.base.errors import CheckpointError
-from kimi_linear.checkpoint.header import HeaderEntry, read_header
 from kimi_linear.checkpoint.layout import check_fits
-from kimi_linear.checkpoint.reader import StoredTensor, stored_tensors
+from kimi_linear.checkpoint.reader import stored_tensors
 from kimi_linear.checkpoint.writer import DTYPE_NAMES
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.dialects import Move
@@ -65,8 +64,7 @@ class MappedCheckpoint:
     def __init__(self, directory: Path, config: KimiLinearConfig) -> None:
         self.directory = directory
         self.bytes_read = 0
-        self._entries: dict[str, HeaderEntry] = {}
-        self._stored = stored_tensors(directory, self._read_header)
+        self._stored = stored_tensors(directory)
         self._moves: dict[str, list[Move]] = {}
         for move in check_fits(self._stored, config, directory):
             self._moves.setdefault(move.release, []).append(move)
@@ -75,7 +73,7 @@ class MappedCheckpoint:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors in the files."""
-        return sum(entry.stop - entry.start for entry in self._entries.values())
+        return sum(tensor.nbytes for tensor in self._stored.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,16 +97,11 @@ class MappedCheckpoint:
             target.copy_(piece.reshape(target.shape))
         return whole if rows is None else whole[rows]
 
-    def _read_header(self, path: Path) -> dict[str, StoredTensor]:
-        entries = read_header(path)
-        self._entries |= entries
-        return {name: StoredTensor(path, entry.shape, entry.dtype) for name, entry in entries.items()}
-
     def _piece(self, move: Move, rows: tuple[slice, ...] = ()) -> Tensor:
         stored = self._stored[move.stored]
         dtype = _DTYPES[stored.dtype]
         start, shape = _run(move.shape, move.take + rows)
-        window = map_window(stored.file, self._entries[move.stored].start + start * dtype.itemsize, shape, dtype)
+        window = map_window(stored.file, stored.start + start * dtype.itemsize, shape, dtype)
         self.bytes_read += window.nbytes
         return window.transpose(-1, -2) if move.swap else window
 

@@ -10,11 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from kimi_linear.base.config import from_dict, to_dict
-from kimi_linear.base.errors import ConfigError
+from kimi_linear.base.config import check_fields, check_type, from_dict, to_dict
+from kimi_linear.base.errors import ConfigError, shown
 from kimi_linear.base.registry import Registry
 
 Shapes = dict[str, tuple[int, ...]]
+
+# Of any one size of a network: what is above is a damaged file, and arithmetic with it only takes time.
+MAX_SIZE = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,9 @@ class ComponentConfig(ABC):
     kind: ClassVar[str]
     # Parameters that are never stored below float32.
     float32: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"{self.kind}: ")
 
     @abstractmethod
     def shapes(self, hidden_size: int) -> Shapes:
@@ -65,10 +71,18 @@ class ComponentConfig(ABC):
                 check_whole(f"{self.kind}: {name}", getattr(self, name), least=1)
 
 
-def check_whole(what: str, value: Any, least: int) -> None:
-    """Raise ConfigError unless the value is a whole number of at least `least`."""
+def check_whole(what: str, value: Any, least: int, most: int = MAX_SIZE) -> None:
+    """Raise ConfigError unless the value is a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{what} is {value!r}, expected a whole number of at least {least}.")
+        raise ConfigError(f"{what} is {shown(value)}, expected a whole number of at least {least}.")
+    if value > most:
+        raise ConfigError(f"{what} is {shown(value)}, expected at most {most}.")
+
+
+def check_not_negative(what: str, value: float | None) -> None:
+    """Raise ConfigError if a number is below zero; None passes."""
+    if value is not None and value < 0:
+        raise ConfigError(f"{what} is {value}, expected a number of at least 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +109,7 @@ class ComponentTable(Registry[Component]):
         """Build a configuration from plain values with a "kind" key; unknown kinds and keys are errors."""
         if not isinstance(given, dict) or "kind" not in given:
             raise ConfigError(f"{where} has no 'kind'; expected an object with a kind of: {', '.join(self)}.")
+        check_type(given["kind"], str, f"{where}.kind")
         rest = {key: value for key, value in given.items() if key != "kind"}
         return from_dict(self[given["kind"]].config, rest, where)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from kimi_linear.base.errors import ConfigError
+from kimi_linear.base.errors import ConfigError, shown
 
 
 def hybrid(num_layers: int, *, ratio: int = 3, linear: str = "kda", full: str = "mla") -> tuple[str, ...]:
@@ -57,16 +57,17 @@ def from_lists(lists: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
     names: dict[int, str] = {}
     for name, numbers in lists.items():
         for number in numbers:
-            if not isinstance(number, int) or number < 1:
-                raise ConfigError(f"layer {number!r} of {name!r}: layer lists are 1-based, expected 1 or more.")
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ConfigError(f"layer {shown(number)} of {name!r}: layer lists are 1-based, expected 1 or more.")
             if number in names:
-                raise ConfigError(f"layer {number} is both {names[number]!r} and {name!r}; give each layer once.")
+                both = f"both {names[number]!r} and {name!r}"
+                raise ConfigError(f"layer {shown(number)} is {both}; give each layer once.")
             names[number] = name
-    missing = sorted(set(range(1, max(names, default=0) + 1)) - set(names))
+    # As many layers as numbers, whatever the largest number is.
+    missing = sorted(set(range(1, len(names) + 1)) - set(names))
     if missing or not names:
-        raise ConfigError(
-            f"layers {missing or 'all'} are in no list of {sorted(lists)}; the lists must cover every one."
-        )
+        which = shown(missing) if missing else "all"
+        raise ConfigError(f"layers {which} are in no list of {sorted(lists)}; the lists must cover every one.")
     return tuple(names[number] for number in sorted(names))
 
 

@@ -1,6 +1,5 @@
 """What a checkpoint directory holds: its network, its tensors, the layout they are in, and what is odd about it."""
 
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from kimi_linear.checkpoint.reader import stored_tensors
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.dialects import RELEASE
 from kimi_linear.recipes.checkup import Finding, check, gather
-from kimi_linear.recipes.checkup.evidence import ITEMSIZE
 from kimi_linear.recipes.checkup.finding import ALL
 
 # One letter a layer for drawing; a small one has a dense feed-forward network.
@@ -58,7 +56,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     stored = evidence.stored
     sizes: Counter[str] = Counter()
     for tensor in stored.values():
-        sizes[tensor.dtype] += math.prod(tensor.shape) * ITEMSIZE.get(tensor.dtype, 1)
+        sizes[tensor.dtype] += tensor.nbytes
     return Inspection(
         evidence.directory,
         evidence.config,

@@ -5,12 +5,15 @@ import math
 import typing
 from typing import Any
 
-from kimi_linear.base.config import check_keys, check_type, to_dict
-from kimi_linear.base.errors import ConfigError
+from kimi_linear.base.config import check_fields, check_keys, check_type, to_dict
+from kimi_linear.base.errors import ConfigError, plain, shown
 from kimi_linear.base.registry import unknown_name
-from kimi_linear.nn.component import Shapes, check_whole
+from kimi_linear.nn.component import Shapes, check_not_negative, check_whole
 from kimi_linear.nn.config import BlockConfig
 from kimi_linear.nn.residual import RESIDUALS
+
+# What is above is a damaged file, and going through it only takes time.
+MAX_LAYERS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,16 +55,20 @@ class KimiLinearConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "")
         for name in ("vocab_size", "hidden_size", "max_length"):
             check_whole(name, getattr(self, name), least=1)
+        check_not_negative("norm_eps", self.norm_eps)
+        check_not_negative("initializer_range", self.initializer_range)
         if not self.layers:
             raise ConfigError("layers is empty; name one block a layer.")
+        check_whole("the number of layers", len(self.layers), least=1, most=MAX_LAYERS)
         for name in self.layers:
             if name not in self.blocks:
                 raise ConfigError(f"layers: {unknown_name('block', name, list(self.blocks))}")
         unused = sorted(set(self.blocks) - set(self.layers))
         if unused:
-            raise ConfigError(f"blocks {unused} stand at no layer; name them in layers or remove them.")
+            raise ConfigError(f"blocks {shown(unused)} stand at no layer; name them in layers or remove them.")
         if self.residual not in RESIDUALS:
             raise ConfigError(unknown_name("residual", self.residual, list(RESIDUALS)))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -131,8 +138,11 @@ class KimiLinearConfig:
         if not isinstance(given["blocks"], dict):
             raise ConfigError(f"config.blocks is {type(given['blocks']).__name__}, expected an object of named blocks.")
         if not isinstance(given["layers"], (list, tuple)):
-            raise ConfigError(f"config.layers is {given['layers']!r}, expected a list of block names.")
+            raise ConfigError(f"config.layers is {shown(given['layers'])}, expected a list of block names.")
+        if len(given["blocks"]) > len(given["layers"]):
+            raise ConfigError("config.blocks has more blocks than there are layers; remove those that stand at none.")
         blocks = {
-            name: BlockConfig.from_dict(block, f"config.blocks.{name}") for name, block in given["blocks"].items()
+            name: BlockConfig.from_dict(block, f"config.blocks.{plain(name)}")
+            for name, block in given["blocks"].items()
         }
         return cls(**{**given, "blocks": blocks, "layers": tuple(given["layers"])})

@@ -1,7 +1,7 @@
 """Configuration of the feed-forward networks. No torch. E experts of width F, model width D."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from kimi_linear.base.errors import ConfigError
 from kimi_linear.nn.component import ComponentConfig, Shapes, check_whole
@@ -21,6 +21,7 @@ class SwiGLUConfig(FFNConfig):
     intermediate_size: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_positive("intermediate_size")
 
     def shapes(self, hidden_size: int) -> Shapes:
@@ -66,17 +67,16 @@ class MoEConfig(FFNConfig):
     num_shared_experts: int = 1
     scaling: float = 1.0
     renormalize: bool = True
-    activation: str = "sigmoid"
+    activation: Literal["sigmoid", "softmax"] = "sigmoid"
     bias_update_rate: float = 1e-3
     biased_combine: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_positive("num_experts", "top_k", "intermediate_size")
         check_whole("moe: num_shared_experts", self.num_shared_experts, least=0)
         if self.top_k > self.num_experts:
             raise ConfigError(f"moe: top_k is {self.top_k}, expected at most num_experts = {self.num_experts}.")
-        if self.activation not in ("sigmoid", "softmax"):
-            raise ConfigError(f"moe: activation is {self.activation!r}, expected 'sigmoid' or 'softmax'.")
 
     @property
     def shared(self) -> SwiGLUConfig | None:

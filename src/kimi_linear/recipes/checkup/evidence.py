@@ -1,8 +1,7 @@
 """What lies in a checkpoint directory, read without trusting that it fits together: headers and JSON, no tensor."""
 
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from kimi_linear.base.config import read_json
 from kimi_linear.base.errors import CheckpointError, ConfigError
 from kimi_linear.checkpoint.configs import CONFIG_NAME, OWN_TYPE, read_model_json
+from kimi_linear.checkpoint.header import StoredTensor, read_header
 from kimi_linear.checkpoint.hub import resolve
-from kimi_linear.checkpoint.reader import StoredTensor, read_header
 from kimi_linear.checkpoint.writer import DTYPE_NAMES, INDEX_NAME
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.dialects import Move, locate
@@ -113,13 +112,5 @@ def _read_shard(path: Path) -> Shard:
         tensors = read_header(path)
     except CheckpointError as error:
         return Shard(path, {}, problem=str(error))
-    return Shard(path, tensors, tuple(_misaligned(path, tensors)))
-
-
-def _misaligned(path: Path, tensors: Mapping[str, StoredTensor]) -> Iterable[str]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    for name, tensor in tensors.items():
-        if (8 + length + header[name]["data_offsets"][0]) % ITEMSIZE.get(tensor.dtype, 1):
-            yield name
+    misaligned = (name for name, tensor in tensors.items() if tensor.start % ITEMSIZE.get(tensor.dtype, 1))
+    return Shard(path, tensors, tuple(misaligned))

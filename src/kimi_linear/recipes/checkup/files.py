@@ -7,7 +7,6 @@ from kimi_linear.checkpoint.reader import PICKLES, list_names
 from kimi_linear.checkpoint.writer import INDEX_NAME, SINGLE_NAME
 from kimi_linear.recipes.checkup.evidence import Evidence
 from kimi_linear.recipes.checkup.finding import ALL, LLAMA, OURS, SGLANG, TRANSFORMERS, VLLM, Finding
-from kimi_linear.recipes.checkup.tensors import stored_bytes
 
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -37,7 +36,7 @@ def shards(evidence: Evidence) -> Iterator[Finding]:
     ]
     if absent:
         yield Finding("files", "error", f"shards are missing: {list_names(absent)}.", ALL, "download them")
-    pickles = sorted(path.name for pattern in PICKLES for path in evidence.directory.glob(pattern))
+    pickles = sorted(path.name for path in evidence.directory.iterdir() if path.suffix in PICKLES)
     if pickles:
         text = f"pickle files lie beside the weights ({list_names(pickles)}); they can run code when they are loaded."
         yield Finding("files", "warning", text, (TRANSFORMERS, VLLM, SGLANG), "remove them", fixable=True)
@@ -64,7 +63,7 @@ def index(evidence: Evidence) -> Iterator[Finding]:
     yield from _disagreements(evidence, set(absent))
     total = evidence.index.get("metadata")
     size = total.get("total_size") if isinstance(total, dict) else None
-    actual = sum(stored_bytes(tensor) for tensor in evidence.stored.values())
+    actual = sum(tensor.nbytes for tensor in evidence.stored.values())
     if size != actual and not absent:
         text = f"the index says total_size {size}, the tensors have {actual} bytes."
         yield Finding("index", "warning", text, (TRANSFORMERS,), "write the index anew", fixable=True)

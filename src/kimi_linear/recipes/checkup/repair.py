@@ -122,8 +122,5 @@ def _side_files(evidence: Evidence) -> dict[str, Path]:
     return {
         file.name: file
         for file in sorted(evidence.directory.iterdir())
-        if file.is_file()
-        and not is_weights(file.name)
-        and file.name not in left_out
-        and not any(file.match(pattern) for pattern in PICKLES)
+        if file.is_file() and not is_weights(file.name) and file.name not in left_out and file.suffix not in PICKLES
     }

@@ -1,28 +1,22 @@
 """Checks of the tensors by their headers: there once, under the release's names, in its shapes and dtypes."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 
 import torch
 
-from kimi_linear.base.errors import CheckpointError
+from kimi_linear.base.errors import CheckpointError, list_names
 from kimi_linear.checkpoint.assemble import mapped_tensors
+from kimi_linear.checkpoint.header import StoredTensor
 from kimi_linear.checkpoint.layout import HEAD, check_fits, may_be_skipped
-from kimi_linear.checkpoint.reader import StoredTensor, list_names
 from kimi_linear.models.kimi_linear.dialects import MLX as MLX_LAYOUT
 from kimi_linear.models.kimi_linear.dialects import RELEASE
 from kimi_linear.models.kimi_linear.keys import release_tensors
-from kimi_linear.recipes.checkup.evidence import ITEMSIZE, Evidence
+from kimi_linear.recipes.checkup.evidence import Evidence
 from kimi_linear.recipes.checkup.finding import ALL, LLAMA, MLX, SGLANG, TRANSFORMERS, VLLM, Finding
 
 _DECAYS = ("A_log", "dt_bias")
 _ROUTER_BIAS = "e_score_correction_bias"
-
-
-def stored_bytes(tensor: StoredTensor) -> int:
-    """Return the bytes of a tensor in its file."""
-    return math.prod(tensor.shape) * ITEMSIZE.get(tensor.dtype, 1)
 
 
 def usable(evidence: Evidence) -> dict[str, StoredTensor]:
@@ -105,7 +99,10 @@ def dtypes(evidence: Evidence) -> Iterator[Finding]:
         yield Finding("dtypes", "warning", text, ALL, fix, fixable=True)
     weights = Counter(dtype for name, dtype in kinds.items() if not name.endswith((*_DECAYS, _ROUTER_BIAS)))
     if len(weights) > 1:
-        text = f"weights are stored in several dtypes: {', '.join(f'{n} {dtype}' for dtype, n in weights.items())}."
+        counts = ", ".join(f"{n} {dtype}" for dtype, n in weights.most_common())
+        usual = weights.most_common(1)[0][0]
+        other = [x for x in kinds if kinds[x] != usual and not x.endswith((*_DECAYS, _ROUTER_BIAS))]
+        text = f"weights are stored in several dtypes: {counts}; not {usual}: {list_names(other)}."
         yield Finding("dtypes", "warning", text, ALL, "convert the model to one dtype")
     biases = [name for name in kinds if name.endswith(_ROUTER_BIAS) and kinds[name] not in weights]
     if biases:

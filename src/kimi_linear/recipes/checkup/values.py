@@ -10,7 +10,6 @@ from kimi_linear.checkpoint.assemble import mapped_tensors
 from kimi_linear.checkpoint.reader import list_names
 from kimi_linear.recipes.checkup.evidence import Evidence
 from kimi_linear.recipes.checkup.finding import ALL, Finding
-from kimi_linear.recipes.checkup.tensors import stored_bytes
 
 # Numbers looked at together; bounds what is copied at a time.
 _PIECE = 1 << 24
@@ -38,7 +37,7 @@ def check_values(evidence: Evidence, progress: Callable[[int], None] = lambda _:
                 zero.append(name)
             elif is_matrix:
                 digests.setdefault(digest, []).append(name)
-            progress(stored_bytes(shard.tensors[name]))
+            progress(shard.tensors[name].nbytes)
     same = [sorted(set(names)) for names in digests.values() if len(set(names)) > 1 and set(names) != _TIED]
     found = list(_findings(broken, zero, same))
     return found or [Finding("values", "ok", "every number is finite, no matrix is zero or there twice")]
@@ -46,7 +45,7 @@ def check_values(evidence: Evidence, progress: Callable[[int], None] = lambda _:
 
 def total_bytes(evidence: Evidence) -> int:
     """Return the bytes that `check_values` reads."""
-    return sum(stored_bytes(tensor) for shard in evidence.shards for tensor in shard.tensors.values())
+    return sum(tensor.nbytes for shard in evidence.shards for tensor in shard.tensors.values())
 
 
 def _findings(broken: list[str], zero: list[str], same: list[list[str]]) -> Iterator[Finding]:

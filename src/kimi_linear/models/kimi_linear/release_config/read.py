@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kimi_linear.base.errors import ConfigError
-from kimi_linear.models.kimi_linear.config import KimiLinearConfig
+from kimi_linear.base.config import check_type
+from kimi_linear.base.errors import ConfigError, shown
+from kimi_linear.models.kimi_linear.config import MAX_LAYERS, KimiLinearConfig
 from kimi_linear.models.kimi_linear.release_config.names import FFN_NAMES, LAYER_NAMES, LINEAR_SPELLINGS
 from kimi_linear.models.kimi_linear.release_config.refuse import (
     find,
@@ -17,6 +18,21 @@ from kimi_linear.nn.ffn import MoEConfig, SwiGLUConfig
 from kimi_linear.nn.mixers import KDAConfig, MixerConfig, MLAConfig
 from kimi_linear.nn.placement import from_lists
 
+# Of the values that are used before a part of ours checks them, or whose key ours does not show.
+_TYPES: dict[str, Any] = {
+    "linear_attn_config.kda_layers": list,
+    "linear_attn_config.full_attn_layers": list,
+    "layer_types": list,
+    "mlp_layer_types": list,
+    "first_k_dense_replace": int,
+    "rms_norm_eps": float,
+    "latent_norm_eps": float,
+    "routed_scaling_factor": float,
+    "tie_word_embeddings": bool,
+    "moe_renormalize": bool,
+    "norm_topk_prob": bool,
+}
+
 
 def from_release_config(given: dict[str, Any]) -> KimiLinearConfig:
     """Return our configuration of a released (or re-saved) one.
@@ -27,6 +43,7 @@ def from_release_config(given: dict[str, Any]) -> KimiLinearConfig:
     """
     refuse_other_models(given)
     refuse_contradictions(given)
+    _check_types(given)
     types = _layer_types(given)
     norm_eps = given.get("rms_norm_eps", 1e-6)
     mixers: dict[str, MixerConfig] = {}
@@ -64,6 +81,15 @@ def _first(tokens: Any) -> Any:
     return tokens[0] if isinstance(tokens, list) and tokens else tokens
 
 
+def _check_types(given: dict[str, Any]) -> None:
+    """Raise ConfigError for a value of another type than its key's, by the key; what goes into a part, it checks."""
+    linear = {f"linear_attn_config.{name}": value for name, value in linear_part(given).items()}
+    for name, hint in _TYPES.items():
+        value = linear.get(name, given.get(name))
+        if value is not None:
+            check_type(value, hint, name)
+
+
 def _need(given: dict[str, Any], name: str) -> Any:
     value = find(given, name)
     if value is None:
@@ -74,7 +100,7 @@ def _need(given: dict[str, Any], name: str) -> Any:
 def _layer_types(given: dict[str, Any]) -> tuple[str, ...]:
     """Return "kda" or "mla" for each layer, from the 1-based lists or the 0-based layer_types, which must agree."""
     count = _need(given, "num_hidden_layers")
-    check_whole("num_hidden_layers", count, least=1)
+    check_whole("num_hidden_layers", count, least=1, most=MAX_LAYERS)
     linear = linear_part(given)
     listed, named = None, None
     if linear.get("kda_layers") is not None or linear.get("full_attn_layers") is not None:
@@ -109,9 +135,10 @@ def _check_count(types: tuple[str, ...], count: int, what: str) -> None:
 def _translated(given: dict[str, Any], key: str, names: dict[str, str]) -> tuple[str, ...]:
     """Return our kinds for a list of the released type's names."""
     kinds = {name: kind for kind, name in names.items()}
-    unknown = [name for name in given[key] if name not in kinds]
+    # A list, as what is looked for may be anything.
+    unknown = [name for name in given[key] if name not in list(kinds)]
     if unknown:
-        raise ConfigError(f"{key} holds {unknown[0]!r}, expected only {', '.join(kinds)}.")
+        raise ConfigError(f"{key} holds {shown(unknown[0])}, expected only {', '.join(kinds)}.")
     return tuple(kinds[name] for name in given[key])
 
 

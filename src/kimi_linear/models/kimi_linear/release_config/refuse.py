@@ -7,7 +7,7 @@ released code. A field of other mathematics is refused with its reason, never ig
 from collections.abc import Callable
 from typing import Any
 
-from kimi_linear.base.errors import ConfigError
+from kimi_linear.base.errors import ConfigError, shown
 from kimi_linear.models.kimi_linear.release_config.names import LINEAR_SPELLINGS, SPELLINGS
 
 
@@ -47,7 +47,7 @@ def linear_part(given: dict[str, Any]) -> dict[str, Any]:
     """Return linear_attn_config, empty if there is none."""
     linear = given.get("linear_attn_config") or {}
     if not isinstance(linear, dict):
-        raise ConfigError(f"linear_attn_config is {linear!r}, expected an object with the layer lists and sizes.")
+        raise ConfigError(f"linear_attn_config is {shown(linear)}, expected an object with the layer lists and sizes.")
     return linear
 
 
@@ -64,7 +64,8 @@ def _spellings(name: str) -> tuple[str, ...]:
 def refuse_other_models(given: dict[str, Any]) -> None:
     """Raise ConfigError for every field that is not of this network, in one sentence with a reason each."""
     if given.get("model_type") != "kimi_linear":
-        raise ConfigError(f"model_type is {given.get('model_type')!r}, expected 'kimi_linear'; this is another model.")
+        model_type = shown(given.get("model_type"))
+        raise ConfigError(f"model_type is {model_type}, expected 'kimi_linear'; this is another model.")
     linear, found = linear_part(given), []
     for key, is_ours, reason in _FIELDS:
         inner = key.removeprefix("linear_attn_config.")

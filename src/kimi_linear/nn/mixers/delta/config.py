@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from kimi_linear.base.errors import ConfigError
-from kimi_linear.nn.component import Shapes
+from kimi_linear.nn.component import Shapes, check_not_negative
 from kimi_linear.nn.mixers.config import MixerConfig
 
 
@@ -31,7 +31,9 @@ class DeltaConfig(MixerConfig):
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_positive("num_heads", "head_dim", "head_v_dim", "num_v_heads", "conv_size")
+        check_not_negative(f"{self.kind}: norm_eps", self.norm_eps)
         if self.value_heads % self.num_heads:
             raise ConfigError(
                 f"{self.kind}: num_v_heads is {self.num_v_heads}, expected a multiple of num_heads = {self.num_heads}."

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from kimi_linear.base.errors import ConfigError
 from kimi_linear.nn.component import Shapes
 from kimi_linear.nn.mixers.delta.config import DeltaConfig
 
@@ -29,11 +28,6 @@ class GDNConfig(DeltaConfig):
 
     full_rank_gate: bool = False
     gate_activation: Literal["sigmoid", "silu"] = "sigmoid"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gate_activation not in ("sigmoid", "silu"):
-            raise ConfigError(f"gdn: gate_activation is {self.gate_activation!r}, expected 'sigmoid' or 'silu'.")
 
     def shapes(self, hidden_size: int) -> Shapes:
         """Return the shape of every parameter."""

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from kimi_linear.base.errors import ConfigError
-from kimi_linear.nn.component import Shapes
+from kimi_linear.nn.component import Shapes, check_not_negative
 from kimi_linear.nn.mixers.config import MixerConfig
 
 
@@ -37,7 +37,9 @@ class GQAConfig(MixerConfig):
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_positive("num_heads", "num_kv_heads", "head_dim", "window")
+        check_not_negative("gqa: norm_eps", self.norm_eps)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"gqa: num_kv_heads is {self.num_kv_heads}, expected a divisor of num_heads = {self.num_heads}."

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from kimi_linear.base.errors import ConfigError
-from kimi_linear.nn.component import Shapes
+from kimi_linear.nn.component import Shapes, check_not_negative
 from kimi_linear.nn.mixers.config import MixerConfig
 
 # The released model's reference code keeps its norm class's default here rather than the block norms' 1e-5.
@@ -42,7 +42,9 @@ class MLAConfig(MixerConfig):
     latent_norm_eps: float = LATENT_NORM_EPS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require_positive("num_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        check_not_negative("mla: latent_norm_eps", self.latent_norm_eps)
         if self.rope_theta is not None and self.qk_rope_head_dim % 2:
             raise ConfigError(f"mla: qk_rope_head_dim is {self.qk_rope_head_dim}, expected an even number to rotate.")
 
