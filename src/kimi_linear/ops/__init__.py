@@ -1,18 +1,23 @@
 """The operators. Each has a reference and one or more backends; `why` explains which one runs a call."""
 
 from kimi_linear.ops.attention import attention, attention_decode, mla_attention, mla_decode
-from kimi_linear.ops.conv import short_conv, short_conv_decode
+from kimi_linear.ops.context_parallel import ContextParallel
+from kimi_linear.ops.conv import short_conv, short_conv_cp, short_conv_decode
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
 from kimi_linear.ops.delta_rule import (
     comba,
     delta_rule,
+    delta_rule_cp,
     delta_rule_decode,
     gated_delta_rule,
+    gated_delta_rule_cp,
     gated_delta_rule_decode,
     gdn2,
     kda,
     kda_core,
+    kda_core_cp,
     kda_core_decode,
+    kda_cp,
     ssd,
 )
 from kimi_linear.ops.gate import forget_gate
@@ -27,22 +32,27 @@ from kimi_linear.ops.swiglu import swiglu
 __all__ = [
     "OPS",
     "Call",
+    "ContextParallel",
     "PackedLinear",
     "apply_rope",
     "attention",
     "attention_decode",
     "comba",
     "delta_rule",
+    "delta_rule_cp",
     "delta_rule_decode",
     "forget_gate",
     "gated_delta_rule",
+    "gated_delta_rule_cp",
     "gated_delta_rule_decode",
     "gated_rms_norm",
     "gdn2",
     "grouped_mlp",
     "kda",
     "kda_core",
+    "kda_core_cp",
     "kda_core_decode",
+    "kda_cp",
     "l2_norm",
     "linear",
     "linear_cross_entropy",
@@ -52,6 +62,7 @@ __all__ = [
     "rms_norm",
     "route",
     "short_conv",
+    "short_conv_cp",
     "short_conv_decode",
     "ssd",
     "swiglu",
