@@ -1,6 +1,7 @@
 """The Python in Markdown files runs, and the commands they show exist."""
 
 import doctest
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -43,8 +44,10 @@ def test_the_python_of_a_document_runs(document: Path, tmp_path: Path, monkeypat
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in markdown.read_blocks(document):
-        can_run = block.not_run is None and not (block.native and native.why_unavailable())
-        if block.language == "python" and can_run:
+        lacks = (block.native and native.why_unavailable()) or (
+            block.package is not None and importlib.util.find_spec(block.package) is None
+        )
+        if block.language == "python" and block.not_run is None and not lacks:
             run_block(block, name(document), namespace)
 
 

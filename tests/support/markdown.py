@@ -10,20 +10,21 @@ _NOT_RUN = re.compile(r'not-run="(?P<reason>[^"]+)"')
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, text and first line's number, why it is not run, if so, if it needs kernels."""
+    """One fenced block: its language, text and first line's number, why it is not run, if so, and what it needs."""
 
     language: str
     text: str
     line: int
     not_run: str | None
     native: bool = False
+    package: str | None = None
 
 
 def blocks(text: str) -> list[Block]:
     """Return the fenced blocks of a text.
 
     A block that cannot run here says why on its fence: ```python not-run="downloads 98 GB". One that only runs with
-    native kernels says ```python native.
+    native kernels says ```python native, one that needs a package ```python needs=transformers.
     """
     found = []
     for match in _FENCE.finditer(text):
@@ -32,7 +33,8 @@ def blocks(text: str) -> list[Block]:
         line = text.count("\n", 0, match.start("body")) + 1
         words = _NOT_RUN.sub("", info).split() or [""]
         why = reason["reason"] if reason else None
-        found.append(Block(words[0].lower(), match["body"], line, why, "native" in words[1:]))
+        package = next((word.removeprefix("needs=") for word in words[1:] if word.startswith("needs=")), None)
+        found.append(Block(words[0].lower(), match["body"], line, why, "native" in words[1:], package))
     return found
 
 

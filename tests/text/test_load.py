@@ -74,7 +74,7 @@ def test_names_come_from_the_configuration(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [("[]", "expected an object"), ("{", "not valid JSON"), ("[" * 10**5, "not valid JSON")]
+    ("content", "sentence"), [("[]", "expected an object"), ("{", "not valid JSON"), ("[" * 10**5, "nested deeper")]
 )
 def test_broken_files_beside_are_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
     save_foreign(tmp_path)
