@@ -2,7 +2,7 @@
 
 python benchmarks/accelerated.py            the 300m preset in float32, some minutes
 python benchmarks/accelerated.py --quick    the demo preset, half a minute
-python benchmarks/accelerated.py --record   also write benchmarks/results/MACHINE-accelerated.json
+python benchmarks/accelerated.py --record   also write benchmarks/results/accelerated/MACHINE.json
 """
 
 import argparse
@@ -23,7 +23,7 @@ from kimi_linear.recipes.bench.record import Row, save
 from kimi_linear.recipes.bench.run import finish
 from kimi_linear.recipes.bench.timing import spread
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "accelerated"
 PLAIN, ACCELERATED = "transformers", "transformers, accelerated"
 
 
@@ -91,7 +91,7 @@ def main() -> int:
         about = machine.describe()
         save(
             finish(about, {}, {}, rows, quick=arguments.quick, model=name),
-            RESULTS / f"{about['machine']}-accelerated.json",
+            RESULTS / f"{about['machine']}.json",
         )
     return 0
 
