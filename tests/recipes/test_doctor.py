@@ -21,6 +21,7 @@ from kimi_linear.models.kimi_linear.presets import preset
 from kimi_linear.models.kimi_linear.release_config import to_release_config
 from kimi_linear.nn.config import BlockConfig
 from kimi_linear.recipes.checkup import Finding, check, check_values, gather, repair
+from kimi_linear.recipes.inspect import inspect
 
 INDEX = "model.safetensors.index.json"
 CONFIG = dataclasses.replace(preset("tiny"), eos_token_id=2, bos_token_id=1)
@@ -405,6 +406,13 @@ def test_a_tied_output_head_is_stored_for_engines_that_never_tie(tmp_path: Path)
     assert "lm_head.weight" in load_file(tmp_path / "fixed" / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(tied(torch.arange(9)[None]).logits, fixed(torch.arange(9)[None]).logits)
+
+
+def test_a_gguf_file_is_no_directory_to_look_at(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for look in (gather, inspect):
+        with pytest.raises(CheckpointError, match=r"model\.gguf is a GGUF file, expected a directory"):
+            look(tmp_path / "model.gguf")
 
 
 def test_a_model_of_our_own_type_is_for_this_package(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """What serving takes, against figures computed by hand from the released configuration."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from kimi_linear.base.errors import ConfigError
 from kimi_linear.causal_lm import KimiLinearForCausalLM
+from kimi_linear.checkpoint.gguf.export import export_gguf
 from kimi_linear.cli.main import app
 from kimi_linear.models.kimi_linear.presets import preset
 from kimi_linear.recipes.plan import make_plan, named_config, parse_count, table
@@ -77,3 +79,12 @@ def test_the_command() -> None:
     assert done.stdout.splitlines() == table(make_plan(preset("48b-a3b"), MILLION, 8), 50e9)
     measured = CliRunner().invoke(app, ["plan", "tiny"])
     assert "GB/s." in measured.stdout
+
+
+def test_a_gguf_file_is_planned_like_the_model_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'kimi-linear[gguf]'")
+    KimiLinearForCausalLM(preset("tiny")).save_pretrained(tmp_path / "model")
+    export_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    found = make_plan(named_config(str(tmp_path / "model.gguf")), 4096, 2)
+    expected = make_plan(preset("tiny"), 4096, 2)
+    assert (found.caches, found.weights) == (expected.caches, expected.weights)

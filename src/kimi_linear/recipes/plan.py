@@ -13,7 +13,8 @@ from pathlib import Path
 
 from kimi_linear.base.errors import ConfigError
 from kimi_linear.checkpoint.configs import read_model_json
-from kimi_linear.checkpoint.hub import resolve
+from kimi_linear.checkpoint.gguf.read import open_gguf
+from kimi_linear.checkpoint.hub import is_gguf, resolve
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.keys import ITEMSIZE
 from kimi_linear.models.kimi_linear.presets import preset
@@ -70,9 +71,10 @@ def parse_count(text: str) -> int:
 
 
 def named_config(path_or_preset: str) -> KimiLinearConfig:
-    """Return the configuration of a checkpoint directory, of a hub name in the local cache, or of a preset."""
-    if Path(path_or_preset).is_dir() or "/" in path_or_preset:
-        return read_model_json(resolve(path_or_preset))
+    """Return the configuration of a checkpoint directory, a GGUF file, a hub name in the local cache, or a preset."""
+    if Path(path_or_preset).exists() or "/" in path_or_preset:
+        path = resolve(path_or_preset)
+        return open_gguf(path).config if is_gguf(path) else read_model_json(path)
     return preset(path_or_preset)
 
 

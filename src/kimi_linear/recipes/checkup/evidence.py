@@ -10,7 +10,7 @@ from kimi_linear.base.config import read_json
 from kimi_linear.base.errors import CheckpointError, ConfigError
 from kimi_linear.checkpoint.configs import CONFIG_NAME, OWN_TYPE, read_model_json
 from kimi_linear.checkpoint.header import StoredTensor, read_header
-from kimi_linear.checkpoint.hub import resolve
+from kimi_linear.checkpoint.hub import is_gguf, resolve
 from kimi_linear.checkpoint.writer import DTYPE_NAMES, INDEX_NAME
 from kimi_linear.models.kimi_linear.config import KimiLinearConfig
 from kimi_linear.models.kimi_linear.dialects import Move, locate
@@ -79,9 +79,13 @@ def gather(path: str | os.PathLike[str]) -> Evidence:
     """Read a checkpoint directory's JSON files and headers.
 
     Raises:
-        CheckpointError: There is no such directory.
+        CheckpointError: There is no such directory, or it is a GGUF file.
     """
     directory = resolve(path)
+    if is_gguf(directory):
+        raise CheckpointError(
+            f"{directory} is a GGUF file, expected a directory; export it with --format release, and look at that."
+        )
     given, _ = optional_json(directory / CONFIG_NAME)
     config, problem = None, ""
     try:
