@@ -4,6 +4,7 @@ A call is a function and its keyword arguments, as an operator's specs.py draws 
 arguments are what gradients are taken of.
 """
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -22,16 +23,20 @@ Function = Callable[..., Any]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COTANGENT_SEED = 1234
-# For what only the native kernels can run.
+# For what only Triton's interpreter, or the native kernels, can run.
+TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'kimi-linear[triton]'"
+)
 NATIVE = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
 
 
 def backends(op: str, *dtypes: torch.dtype) -> list[str]:
     """Return the names of an operator's backends, for parametrising: of those that run all these dtypes on the CPU.
 
-    Where there are no native kernels their backend is left out.
+    Where there are no native kernels their backend is left out. So is triton's, which is interpreted here and slow:
+    tests/ops/delta_rule/test_triton.py runs the contracts for it.
     """
-    missing = {"cpu"} if native.why_unavailable() else set()
+    missing = {"cpu", "triton"} if native.why_unavailable() else {"triton"}
     sizes: dict[str, int] = defaultdict(lambda: 1)
     calls = [Call("cpu", str(dtype).removeprefix("torch."), needs_grad=False, sizes=sizes) for dtype in dtypes]
     found = [b.name for b in OPS[op].backends if not any(b.refuse(call) for call in calls)]

@@ -99,6 +99,11 @@ def changed(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+def triton_interprets() -> bool:
+    """Return whether triton was told to interpret kernels on the CPU, which is for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def with_variables(**changes: str) -> dict[str, str]:
     """Return this process's environment with variables of the table changed, for a child process."""
     assert changes.keys() <= VARIABLES.keys(), changes

@@ -35,6 +35,8 @@ class Backend:
     refuse: Callable[[Call], list[str]]
     # One line for the support table in the docs.
     summary: str
+    # Whether it runs a call only when it is asked for by name.
+    by_name_only: Callable[[Call], bool] = lambda call: False
 
 
 class Op:
@@ -70,7 +72,7 @@ class Op:
             raise BackendError(f"{self.name}: {unknown_name('backend', wanted, list(self._backends))}")
         candidates = self.backends if wanted is None else (self._backends[wanted],)
         for candidate in candidates:
-            if not candidate.refuse(call):
+            if not candidate.refuse(call) and (wanted is not None or not candidate.by_name_only(call)):
                 return candidate
         head = f"backend {wanted!r} cannot run this call" if wanted else "no backend can run this call"
         raise BackendError(f"{self.name}: {head}.\n{self.why(call)}")
@@ -92,6 +94,8 @@ class Op:
         for name, reasons in self.reasons(call).items():
             if reasons:
                 verdict = "cannot: " + "; ".join(reasons)
+            elif self._backends[name].by_name_only(call):
+                verdict = "could run it; only when asked for by name"
             elif chosen:
                 verdict = "could run it; a preferred backend comes first"
             else:

@@ -8,6 +8,7 @@ from kimi_linear.base.errors import BackendError
 from kimi_linear.ops import OPS, Call, delta_rule, delta_rule_decode, kda, kda_core, native, why
 from kimi_linear.ops.delta_rule import api
 from kimi_linear.ops.delta_rule.specs import DeltaRuleCase, make_inputs
+from kimi_linear.ops.delta_rule.triton.backend import INSTALLED
 from kimi_linear.ops.registry import Backend, Op
 from support import ops
 
@@ -21,7 +22,7 @@ def registered(op: str) -> list[str]:
 
 @pytest.mark.parametrize("op", NAMES)
 def test_native_is_preferred_and_reference_is_last(op) -> None:
-    assert registered(op) == ["cpu", "chunk", "reference"]
+    assert registered(op) == ["cpu", "triton", "chunk", "reference"]
 
 
 @pytest.mark.parametrize("op", NAMES)
@@ -88,11 +89,15 @@ def test_a_backend_asked_for_by_name_that_cannot_says_why_all_could_or_could_not
     with pytest.raises(BackendError) as caught:
         delta_rule(**arguments(), backend="watching")
     missing, later = native.why_unavailable(), "could run it; a preferred backend comes first"
+    triton = "could run it; only when asked for by name"
+    if not INSTALLED:
+        triton = "cannot: triton is not installed: pip install 'kimi-linear[triton]'"
     lines = str(caught.value).splitlines()
     assert lines[0] == "delta_rule: backend 'watching' cannot run this call."
     assert lines[2:] == [
         "  watching: cannot: no such device",
         f"  cpu: cannot: {missing}" if missing else "  cpu: runs it",
+        f"  triton: {triton}",
         "  chunk: runs it" if missing else f"  chunk: {later}",
         f"  reference: {later}",
     ]

@@ -21,6 +21,7 @@ from kimi_linear.ops.checks import (
 # cpu_backward gives the operators of cpu their gradients.
 from kimi_linear.ops.delta_rule import chunk, cpu, cpu_backward, cpu_decode, decode, reference  # noqa: F401
 from kimi_linear.ops.delta_rule.layout import weighed, wide_dtype
+from kimi_linear.ops.delta_rule.triton import backend as triton
 from kimi_linear.ops.registry import Backend, Call, define
 
 Read = Literal["post", "pre"]
@@ -43,12 +44,16 @@ def _weighed(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[T
 DELTA_RULE = define(
     "delta_rule",
     Backend("cpu", cpu.run_delta_rule, native.refuse, "native chunks of 16 tokens"),
+    Backend("triton", triton.delta_rule_triton, triton.refuse, "two launches on a GPU", triton.untried),
     Backend("chunk", _weighed(chunk.delta_rule_chunk), lambda call: [], "tiled chunks in plain PyTorch, any device"),
     Backend("reference", _weighed(reference.delta_rule_reference), lambda call: [], "token by token, for checking"),
 )
 DELTA_RULE_DECODE = define(
     "delta_rule_decode",
     Backend("cpu", cpu_decode.delta_rule_decode_cpu, cpu.refuse_decode, "native, one pass over each state, in place"),
+    Backend(
+        "triton", triton.delta_rule_decode_triton, triton.refuse_decode, "one launch on a GPU, in place", triton.untried
+    ),
     Backend("chunk", decode.delta_rule_decode_chunk, decode.refuse_gradients, "batched products, in place"),
     Backend("reference", decode.delta_rule_decode_reference, decode.refuse_gradients, "the recurrence, in place"),
 )
@@ -89,7 +94,7 @@ def delta_rule(
         cu_seqlens: Token offsets of packed sequences, [N + 1], int32 or int64, first 0 and last T; needs B == 1. Empty
             sequences are allowed and end in their initial state.
         read: Whether the erase key reads the state after its decay ("post") or before ("pre").
-        backend: "cpu", "chunk", "reference", or None for the best that supports the call.
+        backend: "cpu", "triton", "chunk", "reference", or None for the best that supports the call.
 
     Returns:
         Output [B, T, HV, V] in the dtype of write_value, and the final states [N, HV, K, V] in float32.
@@ -161,7 +166,7 @@ def delta_rule_decode(
         slots: Row of the pool of each sequence, [N], int32 or int64, no row twice; -1: skip, its output is zero.
         scale: Factor on q. Default: K ** -0.5.
         read: As for `delta_rule`.
-        backend: "cpu", "chunk", "reference", or None.
+        backend: "cpu", "triton", "chunk", "reference", or None.
 
     Returns:
         Output [N, HV, V] in the dtype of write_value.

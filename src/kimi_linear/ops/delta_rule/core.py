@@ -16,6 +16,7 @@ from kimi_linear.ops.delta_rule.api import check_heads, check_pool, check_state_
 from kimi_linear.ops.delta_rule.core_chunk import kda_core_chunk, kda_core_decode_chunk
 from kimi_linear.ops.delta_rule.decode import refuse_gradients
 from kimi_linear.ops.delta_rule.fronts import gated_delta_rule_decode, kda
+from kimi_linear.ops.delta_rule.triton import backend as triton
 from kimi_linear.ops.gate import forget_gate
 from kimi_linear.ops.norm import l2_norm
 from kimi_linear.ops.registry import Backend, Call, define
@@ -79,12 +80,18 @@ def _any(call: Call) -> list[str]:
 KDA_CORE = define(
     "kda_core",
     Backend("cpu", cpu.run_kda_core, native.refuse, "native chunks of 16 tokens, gates formed row by row"),
+    Backend(
+        "triton", triton.kda_core_triton, triton.refuse, "two launches on a GPU, gates formed inside", triton.untried
+    ),
     Backend("chunk", kda_core_chunk, _any, "tiled chunks in plain PyTorch, gates formed tile by tile"),
     Backend("reference", _composition, _any, "the plain operators, one after the other"),
 )
 KDA_CORE_DECODE = define(
     "kda_core_decode",
     Backend("cpu", cpu_decode.kda_core_decode_cpu, cpu.refuse_decode, "native, one pass over each state, in place"),
+    Backend(
+        "triton", triton.kda_core_decode_triton, triton.refuse_decode, "one launch on a GPU, in place", triton.untried
+    ),
     Backend("chunk", kda_core_decode_chunk, refuse_gradients, "one call, in place"),
     Backend("reference", _composition_decode, refuse_gradients, "the plain operators, one after the other"),
 )
@@ -128,7 +135,7 @@ def kda_core(
         scale: Factor on the normalised q. Default: K ** -0.5.
         initial_state: [N, HV, K, V], float32. Default: zeros.
         cu_seqlens: Token offsets of packed sequences, [N + 1]; needs B == 1.
-        backend: "cpu", "chunk", "reference", or None.
+        backend: "cpu", "triton", "chunk", "reference", or None.
 
     Returns:
         Output [B, T, HV, V] in the dtype of v, and the final state [N, HV, K, V] in float32.
