@@ -7,6 +7,7 @@ import torch
 from kimi_linear.base.errors import BackendError
 from kimi_linear.ops import OPS, kda
 from kimi_linear.ops.delta_rule import delta_rule_decode, kda_core_decode
+from kimi_linear.ops.registry import Call
 from kimi_linear.recipes.bench.cases import Case, cast_inputs, main_cases, sweep_cases
 from kimi_linear.recipes.bench.ceilings import Memory
 from kimi_linear.recipes.bench.record import Row
@@ -44,8 +45,10 @@ def why_not(call: Callable[[], object], backend: str) -> str:
 
 
 def our_backends(case: Case) -> Iterator[tuple[str, str]]:
-    """Yield every registered backend's name with its reason to refuse the case, or ""."""
+    """Yield the name of every backend that runs calls unasked, with its reason to refuse the case, or ""."""
     for backend in OPS["delta_rule"].backends:
+        if backend.by_name_only(Call("cpu", case.dtype, needs_grad=False)):
+            continue
         yield backend.name, refusal(backend.name, case)
 
 
