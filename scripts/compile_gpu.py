@@ -3,21 +3,19 @@
 python scripts/compile_gpu.py [WORD ...]    only the calls whose name holds every word; exits with 1 on a spill
 """
 
-import dataclasses
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from gpu_table import calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from kimi_linear.ops.delta_rule.triton import decode, launch
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 227 * 1024
@@ -25,9 +23,6 @@ TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Many heads and few, long; and short.
-SIZES = ((96, 8192), (4, 8192), (4, 32), (4, 16))
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
@@ -81,60 +76,6 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
     finally:
         triton.runtime.JITFunction.run = run
     return seen
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return a tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def core_inputs(H: int, T: int, K: int, V: int, dtype: torch.dtype) -> launch.Inputs:
-    """Return inputs of `kda_core` without memory."""
-    q, k, v, gate, beta = (empty(T, H, *n, dtype=dtype) for n in ((K,), (K,), (V,), (K,), ()))
-    return launch.Inputs(q, k, None, v, gate, beta, empty(H), empty(H * K), None, K**-0.5, raw=True)
-
-
-def variants(H: int, T: int, K: int, V: int, dtype: torch.dtype) -> dict[str, launch.Inputs]:
-    """Return inputs of `kda_core` and of every other kind of call, by name."""
-    core = core_inputs(H, T, K, V, dtype)
-    plain = dataclasses.replace(core, g=empty(T, H, K), A_log=None, dt_bias=None, raw=False)
-    scalar = dataclasses.replace(plain, g=empty(T, H))
-    free = dataclasses.replace(plain, beta=None, erase=empty(T, H, K, dtype=dtype), initial=empty(1, H, K, V))
-    return {
-        "core": core,
-        "core bounded": dataclasses.replace(core, lower_bound=-5.0, beta_scale=2.0),
-        "kda": plain,
-        "scalar": scalar,
-        "erase": free,
-        "erase pre": dataclasses.replace(free, pre=True),
-        "scalar erase pre": dataclasses.replace(free, g=empty(T, H), pre=True),
-        "no erase": dataclasses.replace(free, erase=None),
-    }
-
-
-def both_ways(inputs: launch.Inputs, T: int) -> None:
-    """Run forward and backward."""
-    o, final = launch.forward(inputs, None, 1, T)
-    launch.backward(inputs, None, 1, T, torch.empty_like(o), final)
-
-
-def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Return every call of the table by name. Kinds other than `kda_core` come at two sizes."""
-    for D in (128, 64, 256):
-        for dtype in DTYPES:
-            for H, T in SIZES:
-                name = f"D={D} {str(dtype)[6:]} H={H} T={T}"
-                few = T == 8192 and dtype != torch.float16
-                for kind, x in variants(H, T, D, D, dtype).items():
-                    if kind == "core" or few:
-                        yield f"{name} {kind}", lambda x=x, T=T: both_ways(x, T)
-            for N in (1, 256):
-                for kind, x in variants(8, N, D, D, dtype).items():
-                    pool, slots = empty(N, 8, D, D), empty(N, dtype=torch.int32)
-                    yield (
-                        f"D={D} {str(dtype)[6:]} N={N} decode {kind}",
-                        lambda x=x, p=pool, s=slots: decode.decode(x, p, s),
-                    )
 
 
 def describe(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ arguments are what gradients are taken of.
 """
 
 import importlib.util
+import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from kimi_linear.ops.registry import OPS, Call
 Arguments = dict[str, Any]
 Function = Callable[..., Any]
 
+# Where the tests of Triton kernels put their tensors: interpreted on the CPU, compiled on a GPU.
+DEVICE = os.environ.get("KIMI_LINEAR_TEST_DEVICE", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COTANGENT_SEED = 1234
 # For what only Triton's interpreter, or the native kernels, can run.

@@ -8,8 +8,8 @@ from kimi_linear.base.errors import BackendError
 from kimi_linear.ops import OPS, Call, delta_rule, delta_rule_decode, kda, kda_core, native, why
 from kimi_linear.ops.delta_rule import api
 from kimi_linear.ops.delta_rule.specs import DeltaRuleCase, make_inputs
-from kimi_linear.ops.delta_rule.triton.backend import INSTALLED
 from kimi_linear.ops.registry import Backend, Op
+from kimi_linear.ops.triton.backend import INSTALLED
 from support import ops
 
 NAMES = ("delta_rule", "delta_rule_decode", "kda_core", "kda_core_decode")

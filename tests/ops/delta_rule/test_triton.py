@@ -280,12 +280,13 @@ def test_decode_passes_opcheck() -> None:
 
 def test_a_slot_outside_of_the_pool_is_skipped_by_the_kernel() -> None:
     """On a GPU nobody looks at the slots first."""
-    from kimi_linear.ops.delta_rule.triton import decode, launch
+    from kimi_linear.ops.delta_rule.triton import decode
+    from kimi_linear.ops.delta_rule.triton.inputs import Inputs
 
     x = draw(DeltaRuleCase(name="x", T=1, B=2))
     q, k, e, z, g = (x[n][:, 0] for n in ("q", "k", "erase_key", "write_value", "log_decay"))
     pool = torch.ones(3, 2, 8, 6)
-    inputs = launch.Inputs(q, k, e, z, g, None, None, None, None, 1.0)
+    inputs = Inputs(q, k, e, z, g, None, None, None, None, 1.0)
     assert torch.equal(decode.decode(inputs, pool, torch.tensor([3, 2**31])), torch.zeros(2, 2, 6))
     assert torch.equal(pool, torch.ones_like(pool))
 
@@ -318,12 +319,13 @@ class Allocated(TorchDispatchMode):
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_workspace_is_as_large_as_it_says(kind, packed, monkeypatch) -> None:
     from kimi_linear.ops.delta_rule.triton import launch
+    from kimi_linear.ops.delta_rule.triton.inputs import Inputs
 
     monkeypatch.setattr(launch, "start", lambda *_, **__: None)
     T, H, HV, K, V = 75, 2, 4, 20, 36
     dtype = F32 if kind == "free" else BF16
     q, k, v, g, beta = (torch.zeros(T, *n, dtype=dtype) for n in ((H, K), (H, K), (HV, V), (HV, K), (HV,)))
-    inputs = launch.Inputs(q, k, None, v, g, beta, None, None, None, 1.0)
+    inputs = Inputs(q, k, None, v, g, beta, None, None, None, 1.0)
     if kind == "core":
         inputs = dataclasses.replace(inputs, A_log=torch.zeros(HV), dt_bias=torch.zeros(HV * K), raw=True)
     elif kind == "scalar":
@@ -346,13 +348,14 @@ def test_the_workspace_is_as_large_as_it_says(kind, packed, monkeypatch) -> None
 
 def test_the_workspace_a_token_is_what_the_readme_says() -> None:
     from kimi_linear.ops.delta_rule.triton import launch
+    from kimi_linear.ops.delta_rule.triton.inputs import Inputs
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=BF16, device="meta")
 
     T, H, D = 8192, 32, 128
     x = [empty(T, H, D) for _ in range(4)]
-    inputs = launch.Inputs(x[0], x[1], None, x[2], x[3], empty(T, H), empty(H), empty(H * D), None, 1.0, raw=True)
+    inputs = Inputs(x[0], x[1], None, x[2], x[3], empty(T, H), empty(H), empty(H * D), None, 1.0, raw=True)
     forward, backward = launch.workspace_bytes(inputs, None, 1, T)
     assert math.isclose(forward / (T * H), FORWARD_BYTES)
     assert math.isclose(backward / (T * H), BACKWARD_BYTES, rel_tol=1e-3)
@@ -375,7 +378,7 @@ def test_a_wrong_sum_does_not_pass_for_rounding() -> None:
 COMPILE = """
 import compile_gpu
 for name, call in compile_gpu.calls():
-    if name in ("D=64 bfloat16 H=4 T=16 core", "D=64 float32 N=1 decode core"):
+    if name in ("delta_rule D=64 bfloat16 H=4 T=16 core", "delta_rule D=64 float32 N=1 decode core"):
         for kernel, args, options in compile_gpu.launches(call):
             if kernel.__name__ in ("prepare_kernel", "finish_kernel", "decode_kernel"):
                 print(kernel.__name__, compile_gpu.compile_launch(kernel, args, options)["spilled"])

@@ -23,6 +23,7 @@ from kimi_linear.ops.delta_rule import chunk, cpu, cpu_backward, cpu_decode, dec
 from kimi_linear.ops.delta_rule.layout import weighed, wide_dtype
 from kimi_linear.ops.delta_rule.triton import backend as triton
 from kimi_linear.ops.registry import Backend, Call, define
+from kimi_linear.ops.triton.backend import untried
 
 Read = Literal["post", "pre"]
 
@@ -44,16 +45,14 @@ def _weighed(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[T
 DELTA_RULE = define(
     "delta_rule",
     Backend("cpu", cpu.run_delta_rule, native.refuse, "native chunks of 16 tokens"),
-    Backend("triton", triton.delta_rule_triton, triton.refuse, "two launches on a GPU", triton.untried),
+    Backend("triton", triton.delta_rule_triton, triton.refuse, "two launches on a GPU", untried),
     Backend("chunk", _weighed(chunk.delta_rule_chunk), lambda call: [], "tiled chunks in plain PyTorch, any device"),
     Backend("reference", _weighed(reference.delta_rule_reference), lambda call: [], "token by token, for checking"),
 )
 DELTA_RULE_DECODE = define(
     "delta_rule_decode",
     Backend("cpu", cpu_decode.delta_rule_decode_cpu, cpu.refuse_decode, "native, one pass over each state, in place"),
-    Backend(
-        "triton", triton.delta_rule_decode_triton, triton.refuse_decode, "one launch on a GPU, in place", triton.untried
-    ),
+    Backend("triton", triton.delta_rule_decode_triton, triton.refuse_decode, "one launch on a GPU, in place", untried),
     Backend("chunk", decode.delta_rule_decode_chunk, decode.refuse_gradients, "batched products, in place"),
     Backend("reference", decode.delta_rule_decode_reference, decode.refuse_gradients, "the recurrence, in place"),
 )

@@ -20,6 +20,7 @@ from kimi_linear.ops.delta_rule.triton import backend as triton
 from kimi_linear.ops.gate import forget_gate
 from kimi_linear.ops.norm import l2_norm
 from kimi_linear.ops.registry import Backend, Call, define
+from kimi_linear.ops.triton.backend import untried
 
 
 def _composition(
@@ -80,18 +81,14 @@ def _any(call: Call) -> list[str]:
 KDA_CORE = define(
     "kda_core",
     Backend("cpu", cpu.run_kda_core, native.refuse, "native chunks of 16 tokens, gates formed row by row"),
-    Backend(
-        "triton", triton.kda_core_triton, triton.refuse, "two launches on a GPU, gates formed inside", triton.untried
-    ),
+    Backend("triton", triton.kda_core_triton, triton.refuse, "two launches on a GPU, gates formed inside", untried),
     Backend("chunk", kda_core_chunk, _any, "tiled chunks in plain PyTorch, gates formed tile by tile"),
     Backend("reference", _composition, _any, "the plain operators, one after the other"),
 )
 KDA_CORE_DECODE = define(
     "kda_core_decode",
     Backend("cpu", cpu_decode.kda_core_decode_cpu, cpu.refuse_decode, "native, one pass over each state, in place"),
-    Backend(
-        "triton", triton.kda_core_decode_triton, triton.refuse_decode, "one launch on a GPU, in place", triton.untried
-    ),
+    Backend("triton", triton.kda_core_decode_triton, triton.refuse_decode, "one launch on a GPU, in place", untried),
     Backend("chunk", kda_core_decode_chunk, refuse_gradients, "one call, in place"),
     Backend("reference", _composition_decode, refuse_gradients, "the plain operators, one after the other"),
 )

@@ -1,6 +1,5 @@
 """The `triton` backend of the delta rule: when it can run, and its operators. Imports triton when it first runs."""
 
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,33 +10,20 @@ from kimi_linear.ops.checks import check_slots_values
 from kimi_linear.ops.delta_rule.autograd import fake_forward, save_inputs, saved_inputs
 from kimi_linear.ops.delta_rule.decode import refuse_gradients
 from kimi_linear.ops.registry import Call
+from kimi_linear.ops.triton.backend import refuse_device
 
 if TYPE_CHECKING:
-    from kimi_linear.ops.delta_rule.triton.launch import Inputs
+    from kimi_linear.ops.delta_rule.triton.inputs import Inputs
 
-_DTYPES = ("float32", "bfloat16", "float16")
-# Looked for, not imported.
-INSTALLED = importlib.util.find_spec("triton") is not None
 # Channels of keys and of values a program can hold.
 MOST_CHANNELS = 256
 
 
-def untried(call: Call) -> bool:
-    """Return whether a call must ask for the kernels by name: every call, as long as they have run on no GPU."""
-    return True
-
-
 def refuse(call: Call) -> list[str]:
     """Refuse what the kernels do not compute."""
-    reasons = []
-    if call.device != "cuda" and not (call.device == "cpu" and env.triton_interprets()):
-        reasons.append(f"tensors are on {call.device}, not on a GPU")
-    if call.dtype not in _DTYPES:
-        reasons.append(f"{call.dtype} is not one of {', '.join(_DTYPES)}")
+    reasons = refuse_device(call)
     if max(call.sizes.get("K", 0), call.sizes.get("V", 0)) > MOST_CHANNELS:
         reasons.append(f"K or V is above {MOST_CHANNELS}")
-    if not INSTALLED:
-        reasons.append("triton is not installed: pip install 'kimi-linear[triton]'")
     return reasons
 
 
@@ -59,7 +45,7 @@ def _flat(x: Tensor | None) -> Tensor | None:
 def _inputs(
     q: Tensor, k: Tensor, erase_key: Tensor | None, value: Tensor, g: Tensor, beta: Tensor | None, **others: Any
 ) -> "Inputs":
-    from kimi_linear.ops.delta_rule.triton.launch import Inputs
+    from kimi_linear.ops.delta_rule.triton.inputs import Inputs
 
     flat = [_flat(x) for x in (q, k, erase_key, value, g, beta)]
     return Inputs(*flat, **{name: x.contiguous() if isinstance(x, Tensor) else x for name, x in others.items()})  # type: ignore[arg-type]
@@ -288,7 +274,7 @@ def kda_core_decode_triton(
 
 def _decode(given: list[Tensor | None], pool: Tensor, slots: Tensor, **others: Any) -> Tensor:
     from kimi_linear.ops.delta_rule.triton.decode import decode
-    from kimi_linear.ops.delta_rule.triton.launch import Inputs
+    from kimi_linear.ops.delta_rule.triton.inputs import Inputs
 
     # On a GPU a look at the slots would wait for it; there a slot outside of the pool is skipped.
     if not slots.is_cuda or env.read("KIMI_LINEAR_DEBUG"):

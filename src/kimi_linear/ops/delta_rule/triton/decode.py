@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kimi_linear.ops.delta_rule.triton.device import log_decay, save
-from kimi_linear.ops.delta_rule.triton.launch import Inputs, padded, start
+from kimi_linear.ops.delta_rule.triton.device import log_decay
+from kimi_linear.ops.delta_rule.triton.inputs import Inputs
 from kimi_linear.ops.delta_rule.triton.prepare import GIVEN, LOGIT, NORM_EPS, NOTHING, head_rate
+from kimi_linear.ops.triton.device import save
+from kimi_linear.ops.triton.launch import padded, start
 
 # State-heads from which a program takes 32 value channels at a time; fewer take 16, so that more programs read.
 MANY_ROWS = 1024

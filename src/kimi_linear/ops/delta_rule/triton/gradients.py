@@ -3,16 +3,7 @@
 import triton
 import triton.language as tl
 
-from kimi_linear.ops.delta_rule.triton.device import (
-    LEAF,
-    SOFTPLUS,
-    carry,
-    dot,
-    first_and_second,
-    forgotten,
-    save,
-    softplus,
-)
+from kimi_linear.ops.delta_rule.triton.device import LEAF, SOFTPLUS, carry, first_and_second, forgotten, softplus
 from kimi_linear.ops.delta_rule.triton.prepare import (
     GIVEN,
     NORM_EPS,
@@ -27,6 +18,7 @@ from kimi_linear.ops.delta_rule.triton.prepare import (
     write_strength,
 )
 from kimi_linear.ops.delta_rule.triton.serial import load_values
+from kimi_linear.ops.triton.device import dot, save
 
 
 @triton.jit

@@ -6,16 +6,15 @@ import triton.language as tl
 from kimi_linear.ops.delta_rule.triton.device import (
     LEAF,
     carry,
-    dot,
     first_and_second,
     from_diagonal_blocks,
     join_scores,
     join_scores_in_leaf,
     log_decay,
     pair_mask,
-    save,
     unit_lower_inverse,
 )
+from kimi_linear.ops.triton.device import dot, save
 
 # Where the erase key comes from.
 NOTHING: tl.constexpr = tl.constexpr(0)

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from kimi_linear.ops.delta_rule.triton.device import dot, save
 from kimi_linear.ops.delta_rule.triton.prepare import NOTHING, write_strength
+from kimi_linear.ops.triton.device import dot, save
 
 
 @triton.jit
