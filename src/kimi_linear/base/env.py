@@ -58,6 +58,20 @@ VARIABLES: dict[str, Variable] = {
         "let the process keep freed blocks of up to 32 MiB once native kernels are loaded, and ask torch to put large "
         "tensors on huge pages; 0 leaves memory as it is",
     ),
+    "KIMI_LINEAR_TRITON_SEGMENTS": Variable(
+        _flag,
+        True,
+        "0 or 1",
+        "let the delta rule's GPU kernels cut long sequences of few heads into segments that run side by side; with 0 "
+        "a sequence's bits are the same whatever else is in the call",
+    ),
+    "KIMI_LINEAR_TRITON_KEEP": Variable(
+        _one_of("inputs", "factors", "states"),
+        "inputs",
+        "inputs, factors, states",
+        "what the delta rule's GPU kernels keep from forward to backward: the inputs alone, or what they computed of "
+        "each chunk too, or the states entering the chunks as well",
+    ),
     "KIMI_LINEAR_CPU_LIBRARIES": Variable(
         str, "", "a directory, or empty", "where the libraries of native CPU kernels are, if not in the package"
     ),

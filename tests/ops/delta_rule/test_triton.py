@@ -1,7 +1,6 @@
 """The Triton kernels, interpreted, which is slow: the contracts at their smallest, and what is their own."""
 
 import dataclasses
-import math
 import os
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from contracts import test_delta_rule as contract
 from contracts import test_delta_rule_compile as compile_contract
@@ -154,10 +152,10 @@ def test_results_and_every_gradient_match_the_float64_reference(op, case, dtype)
     ids=["core", "pre", "scalar"],
 )
 def test_every_chunk_length_is_exact_in_float32(op, case, C, monkeypatch) -> None:
-    from kimi_linear.ops.delta_rule.triton import launch
+    from kimi_linear.ops.delta_rule.triton import plan
 
-    chosen = launch.tiles
-    monkeypatch.setattr(launch, "tiles", lambda *given: dataclasses.replace(chosen(*given), chunk=C))
+    chosen = plan.tiles
+    monkeypatch.setattr(plan, "tiles", lambda *given: dataclasses.replace(chosen(*given), chunk=C))
     inputs = draw(case, F32)
     found = run(op, inputs, "triton")
     assert errors(found, reference(op, inputs, found), F32) == {}
@@ -222,12 +220,16 @@ def opcheck(operator: Any, *arguments: Any) -> None:
 
 def test_the_operators_pass_opcheck() -> None:
     inputs = compile_contract.positional(draw(CoreCase(name="x", T=3, K=3, V=2, **ONE)))
-    opcheck(backend.kda_core_triton, *ops.requiring_grad(*inputs))
-    opcheck(backend.kda_core_triton_backward, *ops.cotangents(list(backend.kda_core_triton(*inputs))), *inputs)
+    for keep in ("inputs", "states"):
+        *outputs, kept = backend.kda_core_triton(*inputs, keep)
+        opcheck(backend.kda_core_triton, *ops.requiring_grad(*inputs), keep)
+        opcheck(backend.kda_core_triton_backward, *ops.cotangents(outputs), *inputs, keep, kept)
     case = DeltaRuleCase(name="x", lengths=(2, 0, 1), erase="key", read="pre", K=3, V=2, **ONE)
     inputs = (*compile_contract.positional(draw(case)), None)
-    opcheck(backend.delta_rule_triton, *ops.requiring_grad(*inputs))
-    opcheck(backend.delta_rule_triton_backward, *ops.cotangents(list(backend.delta_rule_triton(*inputs))), *inputs)
+    for keep in ("inputs", "factors"):
+        *outputs, kept = backend.delta_rule_triton(*inputs, keep)
+        opcheck(backend.delta_rule_triton, *ops.requiring_grad(*inputs), keep)
+        opcheck(backend.delta_rule_triton_backward, *ops.cotangents(outputs), *inputs, keep, kept)
 
 
 def test_the_compiler_sees_one_operator() -> None:
@@ -299,70 +301,6 @@ def test_the_cpu_is_interpreted_only_when_asked_for_by_name() -> None:
             delta_rule_decode(**tokens, pool=torch.zeros(2, 1, 8, 6), slots=torch.arange(2), backend=name)
     ran = [event.key for event in profile.events() if event.key.startswith("kimi_linear::delta_rule_decode")]
     assert [key == "kimi_linear::delta_rule_decode_triton" for key in ran] == [False, True]
-
-
-class Allocated(TorchDispatchMode):
-    """Adds up the bytes of new tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.empty.memory_format:
-            self.bytes += result.numel() * result.element_size()
-        return result
-
-
-@pytest.mark.parametrize("kind", ["core", "scalar", "free", "weighed"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_workspace_is_as_large_as_it_says(kind, packed, monkeypatch) -> None:
-    from kimi_linear.ops.delta_rule.triton import launch
-    from kimi_linear.ops.delta_rule.triton.inputs import Inputs
-
-    monkeypatch.setattr(launch, "start", lambda *_, **__: None)
-    T, H, HV, K, V = 75, 2, 4, 20, 36
-    dtype = F32 if kind == "free" else BF16
-    q, k, v, g, beta = (torch.zeros(T, *n, dtype=dtype) for n in ((H, K), (H, K), (HV, V), (HV, K), (HV,)))
-    inputs = Inputs(q, k, None, v, g, beta, None, None, None, 1.0)
-    if kind == "core":
-        inputs = dataclasses.replace(inputs, A_log=torch.zeros(HV), dt_bias=torch.zeros(HV * K), raw=True)
-    elif kind == "scalar":
-        inputs = dataclasses.replace(inputs, g=torch.zeros(T, HV))
-    elif kind == "free":
-        inputs = dataclasses.replace(inputs, beta=None, erase=k.clone())
-    cu_seqlens = torch.tensor([0, 40, 40, T]) if packed else None
-    B, N = (1, 3) if packed else (3, 3)
-    length = T if packed else T // 3
-    state = N * HV * K * V * 4
-    forward, backward = launch.workspace_bytes(inputs, cu_seqlens, B, length)
-    with Allocated() as found:
-        _, final = launch.forward(inputs, cu_seqlens, B, length)
-    assert found.bytes == forward + state
-    with Allocated() as found:
-        launch.backward(inputs, cu_seqlens, B, length, torch.zeros_like(v), final)
-    # Gradients of q and k are results where no group is summed and nothing normalised; here groups are.
-    assert found.bytes == backward + state
-
-
-def test_the_workspace_a_token_is_what_the_readme_says() -> None:
-    from kimi_linear.ops.delta_rule.triton import launch
-    from kimi_linear.ops.delta_rule.triton.inputs import Inputs
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=BF16, device="meta")
-
-    T, H, D = 8192, 32, 128
-    x = [empty(T, H, D) for _ in range(4)]
-    inputs = Inputs(x[0], x[1], None, x[2], x[3], empty(T, H), empty(H), empty(H * D), None, 1.0, raw=True)
-    forward, backward = launch.workspace_bytes(inputs, None, 1, T)
-    assert math.isclose(forward / (T * H), FORWARD_BYTES)
-    assert math.isclose(backward / (T * H), BACKWARD_BYTES, rel_tol=1e-3)
-
-
-# As in README.md, at K = V = 128 in half precision.
-FORWARD_BYTES, BACKWARD_BYTES = 1032, 3648.5
 
 
 def test_a_wrong_sum_does_not_pass_for_rounding() -> None:

@@ -45,7 +45,7 @@ def _weighed(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[T
 DELTA_RULE = define(
     "delta_rule",
     Backend("cpu", cpu.run_delta_rule, native.refuse, "native chunks of 16 tokens"),
-    Backend("triton", triton.delta_rule_triton, triton.refuse, "two launches on a GPU", untried),
+    Backend("triton", triton.run_delta_rule, triton.refuse, "two launches on a GPU", untried),
     Backend("chunk", _weighed(chunk.delta_rule_chunk), lambda call: [], "tiled chunks in plain PyTorch, any device"),
     Backend("reference", _weighed(reference.delta_rule_reference), lambda call: [], "token by token, for checking"),
 )

@@ -81,7 +81,7 @@ def _any(call: Call) -> list[str]:
 KDA_CORE = define(
     "kda_core",
     Backend("cpu", cpu.run_kda_core, native.refuse, "native chunks of 16 tokens, gates formed row by row"),
-    Backend("triton", triton.kda_core_triton, triton.refuse, "two launches on a GPU, gates formed inside", untried),
+    Backend("triton", triton.run_kda_core, triton.refuse, "two launches on a GPU, gates formed inside", untried),
     Backend("chunk", kda_core_chunk, _any, "tiled chunks in plain PyTorch, gates formed tile by tile"),
     Backend("reference", _composition, _any, "the plain operators, one after the other"),
 )

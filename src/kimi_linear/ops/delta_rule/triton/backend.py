@@ -1,5 +1,6 @@
 """The `triton` backend of the delta rule: when it can run, and its operators. Imports triton when it first runs."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,13 +64,14 @@ def delta_rule_triton(
     cu_seqlens: Tensor | None,
     read: str,
     beta: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Run the kernels; see `kimi_linear.ops.delta_rule.delta_rule` for the arguments."""
+    keep: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernels; see `kimi_linear.ops.delta_rule.delta_rule` for the arguments. Returns what is kept, too."""
     from kimi_linear.ops.delta_rule.triton import launch
 
     inputs = _plain_inputs(q, k, erase_key, write_value, log_decay, beta, scale, initial_state, read)
-    o, final = launch.forward(inputs, cu_seqlens, *_sizes(q))
-    return o.view_as(write_value), final
+    o, final, kept = launch.forward(inputs, cu_seqlens, *_sizes(q), keep)
+    return o.view_as(write_value), final, kept
 
 
 @torch.library.custom_op("kimi_linear::delta_rule_triton_backward", mutates_args=())
@@ -86,12 +88,15 @@ def delta_rule_triton_backward(
     cu_seqlens: Tensor | None,
     read: str,
     beta: Tensor | None,
+    keep: str,
+    kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of (q, k, erase_key or empty, write_value, log_decay, initial state, beta or empty)."""
     from kimi_linear.ops.delta_rule.triton import launch
 
     inputs = _plain_inputs(q, k, erase_key, write_value, log_decay, beta, scale, initial_state, read)
-    found = launch.backward(inputs, cu_seqlens, *_sizes(q), d_o.flatten(0, 1).contiguous(), d_final.contiguous())
+    gradients = d_o.flatten(0, 1).contiguous(), d_final.contiguous()
+    found = launch.backward(inputs, cu_seqlens, *_sizes(q), *gradients, kept, keep)
     given = {"q": q, "k": k, "erase": erase_key, "value": write_value, "g": log_decay, "beta": beta}
     d = {name: q.new_empty(0) if x is None else _given(found[name]).view_as(x) for name, x in given.items()}
     return d["q"], d["k"], d["erase"], d["value"], d["g"], _given(found["initial"]), d["beta"]
@@ -132,13 +137,14 @@ def kda_core_triton(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Run the kernels from the raw inputs; see `kimi_linear.ops.delta_rule.kda_core`."""
+    keep: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernels from the raw inputs; see `kimi_linear.ops.delta_rule.kda_core`. Returns what is kept, too."""
     from kimi_linear.ops.delta_rule.triton import launch
 
     inputs = _core_inputs(q, k, v, gate, beta, A_log, dt_bias, lower_bound, beta_scale, scale, initial_state)
-    o, final = launch.forward(inputs, cu_seqlens, *_sizes(q))
-    return o.view_as(v), final
+    o, final, kept = launch.forward(inputs, cu_seqlens, *_sizes(q), keep)
+    return o.view_as(v), final, kept
 
 
 @torch.library.custom_op("kimi_linear::kda_core_triton_backward", mutates_args=())
@@ -157,12 +163,15 @@ def kda_core_triton_backward(
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    keep: str,
+    kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of (q, k, v, gate, beta, A_log or empty, dt_bias or empty, initial state)."""
     from kimi_linear.ops.delta_rule.triton import launch
 
     inputs = _core_inputs(q, k, v, gate, beta, A_log, dt_bias, lower_bound, beta_scale, scale, initial_state)
-    found = launch.backward(inputs, cu_seqlens, *_sizes(q), d_o.flatten(0, 1).contiguous(), d_final.contiguous())
+    gradients = d_o.flatten(0, 1).contiguous(), d_final.contiguous()
+    found = launch.backward(inputs, cu_seqlens, *_sizes(q), *gradients, kept, keep)
     given = {"q": q, "k": k, "value": v, "g": gate, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
     d = [q.new_empty(0) if x is None else _given(found[name]).view_as(x) for name, x in given.items()]
     return *d, _given(found["initial"])  # type: ignore[return-value]
@@ -187,15 +196,28 @@ def _core_inputs(
 
 
 @delta_rule_triton.register_fake
-def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return fake_forward(*inputs[:9])
+def _fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, erase_key, value, log_decay, scale, initial_state, cu_seqlens, read, beta, keep = inputs
+    given = (q, k, erase_key, value, log_decay, beta, scale, initial_state, read)
+    return *fake_forward(*inputs[:9]), _fake_kept(_plain_inputs, given, cu_seqlens, keep)
 
 
 @kda_core_triton.register_fake
-def _fake_core(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _fake_core(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, gate = inputs[:4]
-    initial_state, cu_seqlens = inputs[10:12]
-    return fake_forward(q, k, None, v, gate, 1.0, initial_state, cu_seqlens, "post")
+    initial_state, cu_seqlens, keep = inputs[10:]
+    shapes = fake_forward(q, k, None, v, gate, 1.0, initial_state, cu_seqlens, "post")
+    return *shapes, _fake_kept(_core_inputs, inputs[:11], cu_seqlens, keep)
+
+
+def _fake_kept(make: Callable[..., "Inputs"], given: tuple[Any, ...], cu_seqlens: Tensor | None, keep: str) -> Tensor:
+    q: Tensor = given[0]
+    size = 0
+    if keep != "inputs":
+        from kimi_linear.ops.delta_rule.triton.plan import kept_bytes
+
+        size = kept_bytes(make(*given), cu_seqlens, *_sizes(q), keep)
+    return q.new_empty(size, dtype=torch.uint8)
 
 
 def _like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -213,23 +235,46 @@ def _fake_core_backward(d_o: Tensor, d_final: Tensor, *inputs: Any) -> tuple[Ten
     return _like(*inputs[:7], d_final)
 
 
-def _formula(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Any, ...]:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    kept = output[2]
+    ctx.mark_non_differentiable(kept)
+    save_inputs(ctx, (*inputs, kept), output)
+
+
+def _formula(ctx: Any, d_o: Tensor, d_final: Tensor, _: Tensor) -> tuple[Any, ...]:
     inputs = saved_inputs(ctx)
     *d, d_initial, d_beta = delta_rule_triton_backward(d_o, d_final, *inputs)
     d[2] = None if inputs[2] is None else d[2]
     last = None if inputs[9] is None else d_beta
-    return *d, None, None if inputs[6] is None else d_initial, None, None, last
+    return *d, None, None if inputs[6] is None else d_initial, None, None, last, None
 
 
-def _core_formula(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Any, ...]:
+def _core_formula(ctx: Any, d_o: Tensor, d_final: Tensor, _: Tensor) -> tuple[Any, ...]:
     inputs = saved_inputs(ctx)
     *d, d_initial = kda_core_triton_backward(d_o, d_final, *inputs)
     d = [None if given is None else x for given, x in zip(inputs[:7], d, strict=True)]
-    return *d, None, None, None, None if inputs[10] is None else d_initial, None
+    return *d, None, None, None, None if inputs[10] is None else d_initial, None, None
 
 
-delta_rule_triton.register_autograd(_formula, setup_context=save_inputs)
-kda_core_triton.register_autograd(_core_formula, setup_context=save_inputs)
+delta_rule_triton.register_autograd(_formula, setup_context=_save)
+kda_core_triton.register_autograd(_core_formula, setup_context=_save)
+
+
+def run_delta_rule(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Run `delta_rule_triton`, keeping for a backward what KIMI_LINEAR_TRITON_KEEP says."""
+    o, final, _ = delta_rule_triton(*inputs, _keep(inputs))
+    return o, final
+
+
+def run_kda_core(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Run `kda_core_triton`, keeping for a backward what KIMI_LINEAR_TRITON_KEEP says."""
+    o, final, _ = kda_core_triton(*inputs, _keep(inputs))
+    return o, final
+
+
+def _keep(inputs: tuple[Any, ...]) -> str:
+    needed = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    return str(env.read("KIMI_LINEAR_TRITON_KEEP")) if needed else "inputs"
 
 
 @torch.library.custom_op("kimi_linear::delta_rule_decode_triton", mutates_args=("pool",))

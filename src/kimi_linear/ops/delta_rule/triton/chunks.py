@@ -1,10 +1,27 @@
-"""How sequences are cut into chunks, without a look at a tensor's values on the host."""
+"""How sequences are cut into chunks, and these into segments, without a look at a tensor's values on the host."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of chunks: offsets of their tokens [S + 1], their first chunk [S], and each sequence's first run [N + 1].
+
+    `count` bounds them from above; a surplus one has no tokens.
+    """
+
+    cu_seqlens: Tensor
+    chunk: Tensor
+    first: Tensor
+
+    @property
+    def count(self) -> int:
+        """Segments there is room for."""
+        return self.chunk.shape[0]
 
 
 @dataclass(frozen=True)
@@ -18,12 +35,31 @@ class Chunks:
     first: Tensor
     owner: Tensor
     size: int
-    sequences: int
+    # By length in chunks.
+    cuts: dict[int, Segments] = field(default_factory=dict, compare=False)
+
+    @property
+    def sequences(self) -> int:
+        """N."""
+        return self.cu_seqlens.shape[0] - 1
 
     @property
     def count(self) -> int:
         """Chunks there is room for."""
         return self.owner.shape[0]
+
+    def segments(self, length: int, bound: int) -> Segments:
+        """Return the segments of `length` chunks, at most `bound` of them."""
+        if length not in self.cuts:
+            self.cuts[length] = self._cut_segments(length, bound)
+        return self.cuts[length]
+
+    def _cut_segments(self, length: int, bound: int) -> Segments:
+        first, owner = _cut_runs(self.cu_seqlens, bound, length * self.size)
+        index = torch.arange(bound, device=owner.device) - first[owner]
+        end = self.cu_seqlens[-1:]
+        starts = torch.minimum(self.cu_seqlens[owner] + index * (length * self.size), end)
+        return Segments(torch.cat([starts, end]), self.first[owner] + index * length, first)
 
 
 def cut(cu_seqlens: Tensor | None, B: int, T: int, size: int, device: torch.device) -> Chunks:
@@ -49,8 +85,13 @@ def _offsets_of_equal(B: int, T: int, size: int, device: torch.device, stream: i
 
 
 def _cut(cu_seqlens: Tensor, bound: int, size: int) -> Chunks:
-    chunks = (cu_seqlens.diff() + size - 1) // size
-    first = torch.nn.functional.pad(chunks.cumsum(0), (1, 0)).to(torch.int32)
+    first, owner = _cut_runs(cu_seqlens, bound, size)
+    return Chunks(cu_seqlens, first, owner, size)
+
+
+def _cut_runs(cu_seqlens: Tensor, bound: int, size: int) -> tuple[Tensor, Tensor]:
+    """Cut sequences into runs of `size` tokens: each sequence's first run [N + 1], each run's sequence [bound]."""
+    runs = (cu_seqlens.diff() + size - 1) // size
+    first = torch.nn.functional.pad(runs.cumsum(0), (1, 0)).to(torch.int32)
     numbers = torch.arange(bound, device=cu_seqlens.device, dtype=torch.int32)
-    owner = torch.searchsorted(first[1:], numbers, right=True, out_int32=True)
-    return Chunks(cu_seqlens, first, owner, size, cu_seqlens.shape[0] - 1)
+    return first, torch.searchsorted(first[1:], numbers, right=True, out_int32=True)

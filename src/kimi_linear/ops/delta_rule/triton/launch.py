@@ -1,4 +1,4 @@
-"""From tensors to launches, forward and backward; `workspace_bytes` says what a call allocates beside its results."""
+"""From tensors to launches, forward and backward."""
 
 import math
 from typing import Any
@@ -6,38 +6,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_linear.ops.delta_rule.triton import gradients, prepare, serial
-from kimi_linear.ops.delta_rule.triton.chunks import cut
-from kimi_linear.ops.delta_rule.triton.inputs import NOTHING, WEIGHED, Inputs
-from kimi_linear.ops.delta_rule.triton.tiles import tiles
+from kimi_linear.ops.delta_rule.triton import gradients, prepare, segments, serial
+from kimi_linear.ops.delta_rule.triton.chunks import Segments, cut
+from kimi_linear.ops.delta_rule.triton.inputs import WEIGHED, Inputs
+from kimi_linear.ops.delta_rule.triton.plan import Rooms, plan, total_bytes, views
 from kimi_linear.ops.triton.launch import padded, start
 
 
 class Run:
-    """One call: its chunks, tiles, and workspace of factors."""
+    """One call: its plan, its chunks and, by name, the rooms of its workspace."""
 
     def __init__(self, inputs: Inputs, cu_seqlens: Tensor | None, B: int, T: int) -> None:
-        self.inputs = inputs
-        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.tiles = tiles(inputs, T, N, cu_seqlens is not None)
+        self.inputs, self.plan = inputs, plan(inputs, cu_seqlens, B, T)
+        self.tiles, self.rows = self.plan.tiles, self.plan.rows
         self.chunks = cut(cu_seqlens, B, T, self.tiles.chunk, inputs.q.device)
-        self.N, self.K, self.V = N, inputs.q.shape[2], inputs.value.shape[2]
+        self.N, self.K, self.V, self.KP = self.plan.sequences, self.plan.K, self.plan.V, self.plan.KP
         self.H, self.HV, self.HE = inputs.heads
-        self.KP = padded(self.K)
-        # Half precision works in bfloat16: what a chunk decays by leaves float16's range.
-        self.dtype = torch.float32 if inputs.value.dtype == torch.float32 else torch.bfloat16
-        self.rows = self.chunks.count * self.HV
-        C, rows = self.tiles.chunk, self.rows
-        self.q_factor, self.k_factor = (self.room(rows, C, self.KP) for _ in range(2))
-        erases = inputs.flags["ERASE"] != NOTHING
-        self.e_factor = self.room(rows, C, self.KP) if erases else None
-        self.total = self.room(rows, self.KP, dtype=torch.float32)
-        self.scores = self.room(rows, C, C)
-        self.inverse = self.room(rows, C, C) if erases else None
+        self.rooms: dict[str, Tensor] = {}
 
     def room(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return uninitialised memory."""
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.inputs.q.device)
+        return torch.empty(shape, dtype=dtype or self.plan.dtype, device=self.inputs.q.device)
+
+    def allocate(self, rooms: Rooms) -> Tensor:
+        """Add rooms to the workspace, in one allocation, and return it."""
+        memory = self.room(total_bytes(rooms), dtype=torch.uint8)
+        self.rooms |= views(memory, rooms)
+        return memory
+
+    def factors(self, *names: str) -> tuple[Tensor | None, ...]:
+        """Return rooms, None for one that this call does not have."""
+        return tuple(self.rooms.get(name) for name in names)
 
     def prepare(self) -> None:
         """Fill the factors, scores and inverses."""
@@ -46,7 +45,7 @@ class Run:
             *(prepare.prepare_kernel, c.count * self.HV),
             *(x.q, x.k, x.erase, x.g, x.beta, x.A_log, x.dt_bias),
             *(c.cu_seqlens, c.first, c.owner),
-            *(self.q_factor, self.e_factor, self.k_factor, self.total, self.scores, self.inverse),
+            *self.factors("q", "erase", "k", "total", "scores", "inverse"),
             *(x.lower_bound or 0.0, x.beta_scale, x.scale),
             *(c.sequences, self.H, self.HV, self.HE),
             **self.sizes(),
@@ -59,75 +58,184 @@ class Run:
         """Return the sizes the chunk-parallel kernels are compiled for."""
         return {"K": self.K, "KP": self.KP, "B": self.tiles.key_block, "C": self.tiles.chunk}
 
-    def chain(
-        self, o: Tensor | None, final: Tensor | None, states: Tensor | None = None, written: Tensor | None = None
-    ) -> None:
-        """Run the chunks one after the other: write o and the final states, or what the backward needs."""
-        x, c, t, flags = self.inputs, self.chunks, self.tiles, self.inputs.flags
+    def chain(self, o: Tensor | None, final: Tensor | None, keep: bool) -> None:
+        """Run the chunks one after the other: write o and the final states, and with `keep` what the backward needs."""
+        x, c = self.inputs, self.chunks
+        if not self.plan.segment:
+            return self._launch_chain(x.initial, o, final, c.cu_seqlens, c.first, self.N, keep=keep)
+        cuts = self.segments()
+        span = (cuts.cu_seqlens, cuts.chunk, cuts.count)
+        self._launch_chain(None, None, self.rooms["offset"], *span)
+        self.measure_gains()
+        self.fold(x.initial, final, reverse=False)
+        return self._launch_chain(self.rooms["entering"], o, None, *span, keep=keep)
+
+    def reverse(self, d_o: Tensor, d_final: Tensor, d_initial: Tensor, d_z: Tensor, d_states: Tensor) -> None:
+        """Run the chunks from the last to the first: write dz, the gradients of the states, and the initial ones'."""
+        c = self.chunks
+        if not self.plan.segment:
+            return self._launch_reverse(d_o, d_final, d_initial, c.cu_seqlens, c.first, self.N, d_z, d_states)
+        cuts = self.segments()
+        span = (cuts.cu_seqlens, cuts.chunk, cuts.count)
+        self._launch_reverse(d_o, None, self.rooms["offset"], *span)
+        self.fold(d_final, d_initial, reverse=True)
+        return self._launch_reverse(d_o, self.rooms["entering"], None, *span, d_z, d_states)
+
+    def segments(self) -> Segments:
+        """Return the segments; the rooms of their maps are there from the first call on."""
+        if "gain" not in self.rooms:
+            self.allocate(self.plan.maps)
+        return self.chunks.segments(self.plan.segment, self.plan.segments)
+
+    def measure_gains(self) -> None:
+        """Write what every segment multiplies its state by."""
+        cuts = self.segments()
+        self._launch_chain(None, None, self.rooms["gain"], cuts.cu_seqlens, cuts.chunk, cuts.count, gain=True)
+
+    def fold(self, initial: Tensor | None, final: Tensor | None, reverse: bool) -> None:
+        """Join the segments' maps: write the states entering them, and the final ones; or gradients, backwards."""
+        block = min(padded(self.V), 32)
         start(
-            *(serial.forward_kernel, self.chain_programs()),
-            *(x.value, x.beta, self.q_factor, self.e_factor, self.k_factor, self.total, self.scores, self.inverse),
-            *(x.initial, o, final, states, written),
-            *(c.cu_seqlens, c.first, x.beta_scale, self.HV),
-            **self.chain_sizes(),
-            BETA=flags["BETA"],
-            HAS_INITIAL=x.initial is not None,
+            *(segments.fold_kernel, self.N * self.HV * -(-self.V // block)),
+            *(self.rooms["gain"], self.rooms["offset"], initial, self.rooms["entering"], final),
+            *(self.segments().first, self.HV),
+            K=self.K,
+            V=self.V,
+            KP=self.KP,
+            BK=min(self.KP, 32),
+            BV=block,
+            HAS_INITIAL=initial is not None,
+            FINAL=final is not None,
+            REVERSE=reverse,
+            num_warps=4,
+            num_stages=2,
+        )
+
+    def _launch_chain(
+        self,
+        initial: Tensor | None,
+        o: Tensor | None,
+        final: Tensor | None,
+        cu_seqlens: Tensor,
+        first: Tensor,
+        runs: int,
+        keep: bool = False,
+        gain: bool = False,
+    ) -> None:
+        x, t, flags, V = self.inputs, self.tiles, self.inputs.flags, self.K if gain else self.V
+        block = min(padded(V), t.chain_block)
+        kept = self.factors("states", "written") if keep else (None, None)
+        start(
+            *(serial.forward_kernel, runs * self.HV * -(-V // block)),
+            *(x.value, x.beta, *self.factors("q", "erase", "k", "total", "scores", "inverse")),
+            *(initial, o, final, *kept, cu_seqlens, first, x.beta_scale, self.HV),
+            **self.chain_sizes(V, block),
+            BETA=0 if gain else flags["BETA"],
+            HAS_INITIAL=initial is not None,
+            GAIN=gain,
             OUTPUT=o is not None,
-            KEEP=states is not None,
+            FINAL=final is not None,
+            KEEP=keep,
             num_warps=t.chain_warps,
             num_stages=2,
         )
 
-    def chain_programs(self) -> int:
-        """Return how many programs the serial kernels have."""
-        return self.N * self.HV * -(-self.V // self.tiles.chain_block)
+    def _launch_reverse(
+        self,
+        d_o: Tensor,
+        d_final: Tensor | None,
+        d_initial: Tensor | None,
+        cu_seqlens: Tensor,
+        first: Tensor,
+        runs: int,
+        d_z: Tensor | None = None,
+        d_states: Tensor | None = None,
+    ) -> None:
+        t = self.tiles
+        start(
+            *(serial.reverse_kernel, runs * self.HV * -(-self.V // t.chain_block)),
+            *(d_o, d_final, *self.factors("q", "erase", "k", "total", "scores", "inverse")),
+            *(d_z, d_states, d_initial, cu_seqlens, first, self.HV),
+            **self.chain_sizes(self.V, t.chain_block),
+            HAS_FINAL=d_final is not None,
+            INITIAL=d_initial is not None,
+            KEEP=d_z is not None,
+            num_warps=t.chain_warps,
+            num_stages=2,
+        )
 
-    def chain_sizes(self) -> dict[str, Any]:
-        """Return what the serial kernels are compiled for."""
+    def chain_sizes(self, V: int, block: int) -> dict[str, Any]:
+        """Return what the serial kernels are compiled for, by channels of a value and of a program."""
         flags = self.inputs.flags
-        sizes = {"K": self.K, "V": self.V, "KP": self.KP, "BV": self.tiles.chain_block, "C": self.tiles.chunk}
+        sizes = {"K": self.K, "V": V, "KP": self.KP, "BV": block, "C": self.tiles.chunk}
         return {**sizes, "ERASE": flags["ERASE"], "WIDE": flags["WIDE"]}
 
 
-def forward(inputs: Inputs, cu_seqlens: Tensor | None, B: int, T: int) -> tuple[Tensor, Tensor]:
-    """Return o [tokens, HV, V] and the final states [N, HV, K, V]: two launches."""
+def forward(
+    inputs: Inputs, cu_seqlens: Tensor | None, B: int, T: int, keep: str = "inputs"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return o [tokens, HV, V], the final states [N, HV, K, V] and what is kept for the backward, uint8 [bytes].
+
+    Two launches, five with segments.
+    """
     run = Run(inputs, cu_seqlens, B, T)
     o = torch.empty_like(inputs.value)
     final = run.room(run.N, run.HV, run.K, run.V, dtype=torch.float32)
+    kept = run.allocate(run.plan.kept(keep) or run.plan.factors)
     run.prepare()
-    run.chain(o, final)
-    return o, final
+    run.chain(o, final, keep=keep == "states")
+    return o, final, kept.new_empty(0) if keep == "inputs" else kept
 
 
 def backward(
-    inputs: Inputs, cu_seqlens: Tensor | None, B: int, T: int, d_o: Tensor, d_final: Tensor
+    inputs: Inputs,
+    cu_seqlens: Tensor | None,
+    B: int,
+    T: int,
+    d_o: Tensor,
+    d_final: Tensor,
+    kept: Tensor | None = None,
+    keep: str = "inputs",
 ) -> dict[str, Tensor | None]:
-    """Return the gradients by the names of `Inputs`: five launches, one more for q, k, and sums in a fixed order."""
+    """Return the gradients by the names of `Inputs`.
+
+    Five launches, one more for q, k, and sums in a fixed order; less the first, or the first two, with what was kept.
+    """
     run = Run(inputs, cu_seqlens, B, T)
-    x, c, t, rows = inputs, run.chunks, run.tiles, run.rows
-    states, d_states = (run.room(rows, run.K, run.V) for _ in range(2))
-    written, d_z = (run.room(rows, t.chunk, run.V) for _ in range(2))
+    x, t, rows = inputs, run.tiles, run.rows
+    _restore(run, kept, keep)
+    d_states, d_z = run.room(rows, run.K, run.V), run.room(rows, t.chunk, run.V)
     d_initial = run.room(run.N, run.HV, run.K, run.V, dtype=torch.float32)
-    run.prepare()
-    run.chain(None, None, states, written)
-    start(
-        *(serial.reverse_kernel, run.chain_programs()),
-        *(d_o, d_final, run.q_factor, run.e_factor, run.k_factor, run.total, run.scores, run.inverse),
-        *(d_z, d_states, d_initial),
-        *(c.cu_seqlens, c.first, run.HV),
-        **run.chain_sizes(),
-        num_warps=t.chain_warps,
-        num_stages=2,
-    )
+    run.reverse(d_o, d_final, d_initial, d_z, d_states)
     found = {
         name: None if given is None else torch.empty_like(given) for name, given in (("value", x.value), ("g", x.g))
     }
     parts = Parts(run)
-    # The factors are spent: dP and dL go where P and M were.
-    squares = run.scores, run.inverse, parts.diagonal, parts.norms
-    _launch_scores(run, written, d_o, d_z, found["value"], squares, parts)
-    _launch_collect(run, (written, states, d_o, d_z, d_states), squares, found["g"], parts)
+    squares = run.factors("scores", "inverse")
+    if keep != "inputs":
+        # What was kept may be used again.
+        squares = tuple(None if square is None else run.room(*square.shape) for square in squares)
+    gradients_of = (*squares, parts.diagonal, parts.norms)
+    written, states = run.rooms["written"], run.rooms["states"]
+    _launch_scores(run, written, d_o, d_z, found["value"], gradients_of, parts)
+    _launch_collect(run, (written, states, d_o, d_z, d_states), gradients_of, found["g"], parts)
     return {**found, "initial": d_initial, **parts.finish(found["g"])}
+
+
+def _restore(run: Run, kept: Tensor | None, keep: str) -> None:
+    """Fill the workspace: from what was kept, and by computing the rest."""
+    p = run.plan
+    if kept is not None and keep != "inputs":
+        run.rooms |= views(kept, p.kept(keep))
+    else:
+        run.allocate(p.factors)
+        run.prepare()
+    if keep == "states":
+        if p.segment:
+            run.measure_gains()
+        return
+    run.allocate(p.states)
+    run.chain(None, None, keep=True)
 
 
 class Parts:
@@ -240,30 +348,3 @@ def _finish(run: Run, given: Tensor, parts: Tensor | None, normed: bool) -> Tens
         num_warps=4,
     )
     return out
-
-
-def workspace_bytes(inputs: Inputs, cu_seqlens: Tensor | None, B: int, T: int) -> tuple[int, int]:
-    """Return the bytes that a forward and that a backward allocate beside their results and the chunks' offsets.
-
-    Only shapes and dtypes of the inputs matter, so they may lie on the meta device. README.md has the figures a token.
-    """
-    x, flags = inputs, inputs.flags
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    t = tiles(x, T, N, cu_seqlens is not None)
-    chunks = B * -(-T // t.chunk) if cu_seqlens is None else -(-T // t.chunk) + N
-    (tokens, HV, V), K = x.value.shape, x.q.shape[2]
-    KP, C, word = padded(K), t.chunk, 4 if flags["WIDE"] else 2
-    erases, blocks = flags["ERASE"] != NOTHING, KP // t.key_block
-    forward = C * KP * (3 if erases else 2) * word + C * C * (2 if erases else 1) * word + 4 * KP
-    chunk = forward + 2 * (K + C) * V * word + 4 * C
-    if x.raw:
-        chunk += 8 * C + 4 * blocks + 4 * KP
-    token = 0
-    if x.beta is not None:
-        token += 4 * (blocks + 1 if flags["ERASE"] == WEIGHED else 1)
-    if flags["SCALAR"]:
-        token += 4 * blocks
-    for given, normed in ((x.q, x.raw), (x.k, x.raw), (x.erase, False)):
-        if given is not None and (normed or given.shape[1] != HV):
-            token += 4 * K
-    return chunks * HV * forward, chunks * HV * chunk + tokens * HV * token

@@ -33,13 +33,14 @@ def forward_kernel(
     cu_seqlens, first, beta_scale,
     HV,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    BETA: tl.constexpr, ERASE: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    OUTPUT: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr,
+    BETA: tl.constexpr, ERASE: tl.constexpr, HAS_INITIAL: tl.constexpr, GAIN: tl.constexpr,
+    OUTPUT: tl.constexpr, FINAL: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """R = M (z - e~ S), O = q~ S + P R, S <- Diag(exp G_C) S + k^T R.
 
-    OUTPUT writes o and the final states; KEEP the state [K, V] entering every chunk, and R [C, V]. Grid: value
-    blocks * HV * N, value blocks innermost.
+    OUTPUT writes o; FINAL the final states; KEEP the state [K, V] entering every chunk, and R [C, V]. GAIN starts
+    from the identity and writes no values: then S is what a run multiplies the state entering it by. Grid: value blocks
+    * HV * N, value blocks innermost.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
@@ -52,6 +53,8 @@ def forward_kernel(
     state = tl.zeros([KP, BV], tl.float32)
     if HAS_INITIAL:
         state = tl.load(initial + row * K * V + cell, mask=inside, other=0.0).to(tl.float32)
+    if GAIN:
+        state = tl.where(c[:, None] == v[None, :], 1.0, 0.0)
     start, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     chunk = tl.load(first + sequence).to(tl.int64)
     for step in range(tl.cdiv(end - start, C).to(tl.int32)):
@@ -60,7 +63,9 @@ def forward_kernel(
         base = (chunk + step) * HV + head
         if KEEP:
             save(states + base * K * V + cell, state, inside)
-        x = load_values(value, rows, valid, head, HV, v, V)
+        x = tl.zeros([C, BV], tl.float32)
+        if not GAIN:
+            x = load_values(value, rows, valid, head, HV, v, V)
         if BETA != 0:
             x *= write_strength(beta, rows, valid, head, HV, beta_scale, BETA)[:, None]
         if ERASE != NOTHING:
@@ -76,7 +81,7 @@ def forward_kernel(
             save(o + at, y, valid[:, None] & (v < V)[None, :])
         state *= tl.load(total + base * KP + c)[:, None]
         state += dot(load_transposed(kd, base * C * KP, C, KP), x, WIDE)
-    if OUTPUT:
+    if FINAL:
         tl.store(final + row * K * V + cell, state, mask=inside)
 
 
@@ -87,12 +92,12 @@ def reverse_kernel(
     cu_seqlens, first,
     HV,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    ERASE: tl.constexpr, WIDE: tl.constexpr,
+    ERASE: tl.constexpr, HAS_FINAL: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dz = M^T (P^T dO + k^ dS'), dS = q~^T dO + Diag(exp G_C) dS' - e~^T dz, from the last chunk to the first.
 
-    Writes dz [C, V] of every chunk, the gradient dS' [K, V] of the state leaving it, and that of the initial states.
-    Grid as the forward's.
+    KEEP writes dz [C, V] of every chunk and the gradient dS' [K, V] of the state leaving it; INITIAL that of the
+    initial states. Grid as the forward's.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
@@ -102,7 +107,9 @@ def reverse_kernel(
     i, c = tl.arange(0, C), tl.arange(0, KP)
     inside = (c < K)[:, None] & (v < V)[None, :]
     cell = c[:, None] * V + v[None, :]
-    d_state = tl.load(d_final + row * K * V + cell, mask=inside, other=0.0).to(tl.float32)
+    d_state = tl.zeros([KP, BV], tl.float32)
+    if HAS_FINAL:
+        d_state = tl.load(d_final + row * K * V + cell, mask=inside, other=0.0).to(tl.float32)
     start, end = tl.load(cu_seqlens + sequence).to(tl.int64), tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     chunk = tl.load(first + sequence).to(tl.int64)
     count = tl.cdiv(end - start, C).to(tl.int32)
@@ -111,7 +118,8 @@ def reverse_kernel(
         rows = start + step * C + i
         valid = rows < end
         base = (chunk + step) * HV + head
-        save(d_states + base * K * V + cell, d_state, inside)
+        if KEEP:
+            save(d_states + base * K * V + cell, d_state, inside)
         d_y = load_values(d_o, rows, valid, head, HV, v, V)
         d_x = dot(load_transposed(scores, base * C * C, C, C), d_y, WIDE)
         d_x += dot(load_tile(kd, base * C * KP, C, KP), d_state, WIDE)
@@ -120,6 +128,8 @@ def reverse_kernel(
         if ERASE != NOTHING:
             d_x = dot(load_transposed(inverse, base * C * C, C, C), d_x, WIDE)
             d_state -= dot(load_transposed(ed, base * C * KP, C, KP), d_x, WIDE)
-        at = (base * C + i[:, None]) * V + v[None, :]
-        save(d_z + at, d_x, (v < V)[None, :])
-    tl.store(d_initial + row * K * V + cell, d_state, mask=inside)
+        if KEEP:
+            at = (base * C + i[:, None]) * V + v[None, :]
+            save(d_z + at, d_x, (v < V)[None, :])
+    if INITIAL:
+        tl.store(d_initial + row * K * V + cell, d_state, mask=inside)
