@@ -107,7 +107,7 @@ class Run:
             HAS_INITIAL=initial is not None,
             FINAL=final is not None,
             REVERSE=reverse,
-            num_warps=4,
+            num_warps=4 if self.KP <= 128 else 8,
             num_stages=2,
         )
 
