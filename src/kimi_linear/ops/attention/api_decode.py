@@ -11,6 +11,7 @@ from kimi_linear.ops.attention.cpu_decode import attention_decode_cpu, mla_decod
 from kimi_linear.ops.attention.decode_reference import attention_decode_reference, mla_decode_reference
 from kimi_linear.ops.attention.decode_tiled import attention_decode_tiled, mla_decode_absorbed
 from kimi_linear.ops.attention.paging import capacity
+from kimi_linear.ops.attention.triton import backend as triton
 from kimi_linear.ops.autocast import cast_inputs
 from kimi_linear.ops.checks import (
     describe_call,
@@ -21,6 +22,7 @@ from kimi_linear.ops.checks import (
     expect_shape,
 )
 from kimi_linear.ops.registry import Backend, Call, define
+from kimi_linear.ops.triton.backend import untried
 
 
 def _runs_all(call: Call) -> list[str]:
@@ -40,6 +42,7 @@ ATTENTION_DECODE = define(
 MLA_DECODE = define(
     "mla_decode",
     Backend("cpu", mla_decode_cpu, _refuse_cpu, "native kernels: absorbed, the latents read once for all heads"),
+    Backend("triton", triton.mla_decode_triton, triton.refuse, "two launches on a GPU between two products", untried),
     Backend("absorbed", mla_decode_absorbed, _runs_all, "scores against the latent, a tile of the cache at a time"),
     Backend("reference", mla_decode_reference, _runs_all, "keys and values expanded from the latent"),
 )
@@ -143,7 +146,7 @@ def mla_decode(
         nope_dim: dn.
         scale: Multiplies the scores. Default: (dn + dr) ** -0.5.
         block_table: As in `attention_decode`; then latent is [P, page_size, R] and key_rope [P, page_size, dr].
-        backend: "cpu", "absorbed", "reference", or None for the best that supports the call.
+        backend: "cpu", "triton", "absorbed", "reference", or None for the best that supports the call.
 
     Returns:
         [N, H, dv] in the dtype of q (under autocast: in autocast's). No gradient flows.
@@ -154,10 +157,14 @@ def mla_decode(
     Numerics: scores, softmax and the sum over the cache in float32 (float64 for float64). "absorbed" rounds the
         absorbed query and the mixed latent to the dtype of q, as the expanded form rounds keys and values; "cpu" only
         the absorbed query and the probabilities, and these only where q and the cache are bfloat16 and the processor
-        multiplies pairs of it.
+        multiplies pairs of it. "triton" rounds what "absorbed" does and, where q and the cache are half precision, the
+        probabilities, to their common dtype or bfloat16; float32 operands go as three products of tf32.
     Cost: H * (2 * R + dr) multiply-adds a position and H * (dn + dv) * R a sequence. "cpu" reads the latents
         once and holds H * R floats for each 256 positions (at most 64 pieces a sequence); "absorbed" reads them twice
-        and holds N * H * S float32 scores. No key or value is held.
+        and holds N * H * S float32 scores. "triton" reads them once for every 32 heads (in float32 twice for every 16),
+        pages in place, and holds N * H * (R + 2) floats for each 512 positions of the capacity S (at most 64 pieces a
+        sequence). What its kernels give a sequence depends on its own length and cache alone, not on N, S or pages; for
+        a given N neither do the products with kv_b, which are torch's. No key or value is held.
 
     Example:
         >>> import torch
@@ -179,7 +186,7 @@ def mla_decode(
     expect_same_dtype(op, q=q, kv_b=kv_b)
     expect_integer(op, "lengths", lengths)
     expect_same_device(op, q=q, latent=latent, key_rope=key_rope, lengths=lengths, kv_b=kv_b)
-    sizes = {"N": N, "S": S, "H": H, "R": R, "K": width}
+    sizes = {"N": N, "S": S, "H": H, "R": R, "K": width, "dr": key_rope.shape[-1]}
     call = describe_call(q, sizes=sizes, features=_features(paged=block_table))
     scale = width**-0.5 if scale is None else float(scale)
     run = MLA_DECODE.choose(call, backend).run

@@ -26,7 +26,7 @@ _CHUNK_ELEMENTS = 1 << 22
 _LEAST_ROWS = 128
 
 
-def _product_dtype(hidden: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor) -> torch.dtype:
     # float16 has too little range for probabilities over a large vocabulary; bfloat16 has float32's.
     return torch.bfloat16 if hidden.dtype == torch.bfloat16 else compute_dtype(hidden)
 
@@ -35,7 +35,7 @@ class _Chunks:
     """The softmax of one chunk of rows after another, in two buffers used over and over."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None) -> None:
-        product, wide = _product_dtype(hidden), compute_dtype(hidden)
+        product, wide = product_dtype(hidden), compute_dtype(hidden)
         self._hidden, self._labels = hidden, labels
         self.weight = weight.to(product)
         rows = chunk or max(_LEAST_ROWS, _CHUNK_ELEMENTS // weight.shape[0])
