@@ -5,6 +5,8 @@ from kimi_linear.ops.context_parallel import ContextParallel
 from kimi_linear.ops.conv import short_conv, short_conv_cp, short_conv_decode
 from kimi_linear.ops.cross_entropy import linear_cross_entropy
 from kimi_linear.ops.delta_rule import (
+    KDAPools,
+    KDAWeights,
     comba,
     delta_rule,
     delta_rule_cp,
@@ -18,6 +20,7 @@ from kimi_linear.ops.delta_rule import (
     kda_core_cp,
     kda_core_decode,
     kda_cp,
+    kda_layer_decode,
     ssd,
 )
 from kimi_linear.ops.gate import forget_gate
@@ -33,6 +36,8 @@ __all__ = [
     "OPS",
     "Call",
     "ContextParallel",
+    "KDAPools",
+    "KDAWeights",
     "PackedLinear",
     "apply_rope",
     "attention",
@@ -53,6 +58,7 @@ __all__ = [
     "kda_core_cp",
     "kda_core_decode",
     "kda_cp",
+    "kda_layer_decode",
     "l2_norm",
     "linear",
     "linear_cross_entropy",

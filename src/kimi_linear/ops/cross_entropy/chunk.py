@@ -27,6 +27,7 @@ _LEAST_ROWS = 128
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of the operands of products."""
     # float16 has too little range for probabilities over a large vocabulary; bfloat16 has float32's.
     return torch.bfloat16 if hidden.dtype == torch.bfloat16 else compute_dtype(hidden)
 

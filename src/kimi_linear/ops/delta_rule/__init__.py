@@ -4,8 +4,11 @@ from kimi_linear.ops.delta_rule.api import delta_rule, delta_rule_decode
 from kimi_linear.ops.delta_rule.context_parallel import delta_rule_cp, gated_delta_rule_cp, kda_core_cp, kda_cp
 from kimi_linear.ops.delta_rule.core import kda_core, kda_core_decode
 from kimi_linear.ops.delta_rule.fronts import comba, gated_delta_rule, gated_delta_rule_decode, gdn2, kda, ssd
+from kimi_linear.ops.delta_rule.layer_decode import KDAPools, KDAWeights, kda_layer_decode
 
 __all__ = [
+    "KDAPools",
+    "KDAWeights",
     "comba",
     "delta_rule",
     "delta_rule_cp",
@@ -19,5 +22,6 @@ __all__ = [
     "kda_core_cp",
     "kda_core_decode",
     "kda_cp",
+    "kda_layer_decode",
     "ssd",
 ]

@@ -153,7 +153,7 @@ def kda_core(
         torch.Size([1, 5, 2, 8])
     """
     op = "kda_core"
-    _check(op, q, k, v, gate, beta, A_log, dt_bias, lower_bound, "B, T")
+    check_core(op, q, k, v, gate, beta, A_log, dt_bias, lower_bound, "B, T")
     N = q.shape[0] if cu_seqlens is None else expect_cu_seqlens(op, cu_seqlens, q.shape[0], q.device)
     sizes = {"N": N, "T": q.shape[1], "H": q.shape[2], "HV": v.shape[2], "K": q.shape[3], "V": v.shape[3]}
     if initial_state is not None:
@@ -216,7 +216,7 @@ def kda_core_decode(
         tensor([[0., 0., 0., 0.]])
     """
     op = "kda_core_decode"
-    _check(op, q, k, v, gate, beta, A_log, dt_bias, lower_bound, "N")
+    check_core(op, q, k, v, gate, beta, A_log, dt_bias, lower_bound, "N")
     check_pool(op, q, v, pool, slots)
     sizes = {"N": q.shape[0], "H": q.shape[1], "HV": v.shape[1], "K": q.shape[2], "V": v.shape[2]}
     call = describe_call(q, k, v, gate, beta, A_log, dt_bias, pool, sizes=sizes)
@@ -231,7 +231,7 @@ def _features(cu_seqlens: Tensor | None) -> list[str]:
     return [] if cu_seqlens is None else ["packed"]
 
 
-def _check(
+def check_core(
     op: str,
     q: Tensor,
     k: Tensor,

@@ -54,8 +54,11 @@ class DeltaMixer(Mixer, SelfInitialised):
         """
 
     @abstractmethod
-    def core_decode(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, pool: Tensor, slots: Tensor) -> Tensor:
-        """Return the output [N, HV, V] of one token a row, without the T axis; the pool is updated in place."""
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
+        """Return the heads [N, HV, V] of one token a row, normed and gated; the state is updated in place.
+
+        q and k are [N, H, K] and v is [N, HV, V], not yet convolved; x is [N, D].
+        """
 
     @abstractmethod
     def output_gate(self, x: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ class DeltaMixer(Mixer, SelfInitialised):
         if state is not None:
             check_state(state, self.STATE, num_sequences(x, cu_seqlens))
             if is_decode(x, state, cu_seqlens):
-                return self._output(self._decode(x.squeeze(1), state).unsqueeze(1), x)
+                return self._decode(x.squeeze(1), state).unsqueeze(1)
         tails = (None, None, None) if state is None else (state.conv_q, state.conv_k, state.conv_v)
         q, tail_q = self.q_conv1d(self.q_proj(x), tails[0], cu_seqlens)
         k, tail_k = self.k_conv1d(self.k_proj(x), tails[1], cu_seqlens)
@@ -92,21 +95,19 @@ class DeltaMixer(Mixer, SelfInitialised):
         if state is not None:
             state.conv_q, state.conv_k, state.conv_v = tail_q.detach(), tail_k.detach(), tail_v.detach()
             state.recurrent = recurrent.detach()
-        return self._output(o, x)
+        return self.o_proj(self.gated_norm(o, x).flatten(-2))
+
+    def gated_norm(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm every head of o [..., HV, V] and gate it."""
+        return self.o_norm(o, self.output_gate(x).unflatten(-1, o.shape[-2:]), self.gate_activation)
 
     def _decode(self, x: Tensor, state: DeltaState) -> Tensor:
-        """Return the heads' output [N, HV, V] of one token a row, x [N, D]; the state is updated in place."""
+        """Return the output [N, D] of one token a row, x [N, D]; the state is updated in place."""
         slots = torch.arange(x.shape[0], device=x.device)
-        q = self.q_conv1d.decode(self.q_proj(x), state.conv_q, slots)
-        k = self.k_conv1d.decode(self.k_proj(x), state.conv_k, slots)
-        v = self.v_conv1d.decode(self.v_proj(x), state.conv_v, slots)
-        return self.core_decode(*self._heads(q, k, v), x, state.recurrent, slots)
+        heads = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        return self.o_proj(self.decode(*heads, x, state, slots).flatten(-2))
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         key, value = (c.num_heads, c.head_dim), (c.value_heads, c.value_dim)
         return q.unflatten(-1, key), k.unflatten(-1, key), v.unflatten(-1, value)
-
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        output_gate = self.output_gate(x).unflatten(-1, o.shape[-2:])
-        return self.o_proj(self.o_norm(o, output_gate, self.gate_activation).flatten(-2))

@@ -58,10 +58,14 @@ class GatedDeltaNet(DeltaMixer):
             l2_norm(q), l2_norm(k), v, log_decay, beta, initial_state=initial_state, cu_seqlens=cu_seqlens
         )
 
-    def core_decode(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, pool: Tensor, slots: Tensor) -> Tensor:
-        """Advance the recurrence by one token a row, in place; see `DeltaMixer.core_decode`."""
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
+        """Advance one token a row, in place; see `DeltaMixer.decode`."""
+        q = self.q_conv1d.decode(q.flatten(1), state.conv_q, slots).view_as(q)
+        k = self.k_conv1d.decode(k.flatten(1), state.conv_k, slots).view_as(k)
+        v = self.v_conv1d.decode(v.flatten(1), state.conv_v, slots).view_as(v)
         log_decay, beta = self._gates(x)
-        return gated_delta_rule_decode(l2_norm(q), l2_norm(k), v, log_decay, beta, pool, slots)
+        o = gated_delta_rule_decode(l2_norm(q), l2_norm(k), v, log_decay, beta, state.recurrent, slots)
+        return self.gated_norm(o, x)
 
     def output_gate(self, x: Tensor) -> Tensor:
         """Return the logits of the output gate, [..., HV V]."""

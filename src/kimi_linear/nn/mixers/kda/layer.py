@@ -10,7 +10,7 @@ from kimi_linear.nn.mixers.base import linear
 from kimi_linear.nn.mixers.delta.layer import DeltaMixer
 from kimi_linear.nn.mixers.kda.config import KDAConfig
 from kimi_linear.nn.state import DeltaState, KDAState
-from kimi_linear.ops.delta_rule import kda_core, kda_core_decode
+from kimi_linear.ops.delta_rule import KDAPools, KDAWeights, kda_core, kda_layer_decode
 
 
 class KimiDeltaAttention(DeltaMixer):
@@ -64,18 +64,21 @@ class KimiDeltaAttention(DeltaMixer):
             cu_seqlens=cu_seqlens,
         )
 
-    def core_decode(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, pool: Tensor, slots: Tensor) -> Tensor:
-        """Advance the recurrence by one token a row, in place; see `DeltaMixer.core_decode`."""
-        return kda_core_decode(
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
+        """Advance one token a row, in place; see `DeltaMixer.decode`."""
+        taps = (self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight)
+        return kda_layer_decode(
             q,
             k,
             v,
             self._gate(x),
             self.b_proj(x),
-            self.A_log,
-            self.dt_bias,
-            pool,
+            self.output_gate(x).view_as(v),
+            KDAWeights(*taps, self.A_log, self.dt_bias, self.o_norm.weight),
+            KDAPools(state.conv_q, state.conv_k, state.conv_v, state.recurrent),
             slots,
+            eps=self.o_norm.eps,
+            activation=self.gate_activation,
             lower_bound=self.config.gate_lower_bound,
         )
 
