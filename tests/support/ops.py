@@ -36,10 +36,11 @@ NATIVE = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(nat
 def backends(op: str, *dtypes: torch.dtype) -> list[str]:
     """Return the names of an operator's backends, for parametrising: of those that run all these dtypes on the CPU.
 
-    Where there are no native kernels their backend is left out. So is triton's, which is interpreted here and slow:
-    tests/ops/delta_rule/test_triton.py runs the contracts for it.
+    Where there are no native kernels their backend is left out. So are those that have files of their own, as
+    tests/ops/delta_rule/test_triton.py: triton's, which is interpreted here and slow, and grouped_mm, which takes
+    aligned sizes alone.
     """
-    missing = {"cpu", "triton"} if native.why_unavailable() else {"triton"}
+    missing = {"triton", "grouped_mm"} | ({"cpu"} if native.why_unavailable() else set())
     sizes: dict[str, int] = defaultdict(lambda: 1)
     calls = [Call("cpu", str(dtype).removeprefix("torch."), needs_grad=False, sizes=sizes) for dtype in dtypes]
     found = [b.name for b in OPS[op].backends if not any(b.refuse(call) for call in calls)]

@@ -19,11 +19,13 @@ from kimi_linear.ops.checks import (
     expect_same_dtype,
     expect_shape,
 )
-from kimi_linear.ops.moe import cpu, cpu_router, grouped
+from kimi_linear.ops.moe import cpu, cpu_router, grouped, grouped_mm
 from kimi_linear.ops.moe.reference import grouped_mlp_reference
 from kimi_linear.ops.moe.router import EPSILON, moe_route_reference
+from kimi_linear.ops.moe.triton import backend as triton
 from kimi_linear.ops.native import refuse
 from kimi_linear.ops.registry import Backend, Call, define
+from kimi_linear.ops.triton.backend import untried
 
 ACTIVATIONS = ("sigmoid", "softmax")
 
@@ -49,6 +51,8 @@ ROUTE = define(
 GROUPED_MLP = define(
     "grouped_mlp",
     Backend("cpu", cpu.run, refuse, "native: gather, activation and weighted sum inside the matrix products"),
+    Backend("grouped_mm", _cast(grouped_mm.run), grouped_mm.refuse, "torch's grouped product, no count read", untried),
+    Backend("triton", _cast(triton.run), triton.refuse, "grouped products on a GPU, no count read", untried),
     Backend("grouped", _cast(grouped.run), _runs_all, "tokens sorted by expert, three matrix products an expert"),
     Backend("reference", _cast(grouped_mlp_reference), _runs_all, "every expert runs every token"),
 )
@@ -140,7 +144,7 @@ def grouped_mlp(
         w2: Down projections, [E, D, F].
         weights: Weight of each choice, [M, k], from `route`; float32 or the dtype of x.
         experts: The choices, [M, k], int64 or int32, in [0, E). An expert named twice by a token counts twice.
-        backend: "cpu", "grouped", "reference", or None for the best that supports the call.
+        backend: "cpu", "grouped_mm", "triton", "grouped", "reference", or None for the best that supports the call.
 
     Returns:
         [M, D] in the dtype of x (under autocast: in autocast's). A token's result does not depend on the other
@@ -151,11 +155,13 @@ def grouped_mlp(
             [0, E) is a ShapeError too, on the CPU; elsewhere only when KIMI_LINEAR_DEBUG is on.
 
     Numerics: matrix products in the dtype of x (under autocast: in autocast's), the gated activation and the weighted
-        sum in float32 (float64 for float64), the sum in a fixed order: by slot, or by expert with "cpu". Experts
-        without tokens get gradients of exactly zero. Under autocast "cpu" reads tokens and matrices as they are, rounds
-        what goes into a product, and returns gradients that are not rounded to autocast's dtype.
-    Cost: 3 * M * k * D * F multiply-adds forward, twice that backward. "cpu" and "grouped" keep 2 * M * k * F elements
-        for the backward; "grouped" holds M * k * D for the experts' outputs.
+        sum in float32 (float64 for float64), the sum in a fixed order: by slot, or by expert with "cpu". "triton" forms
+        a product of float32 from three in tf32. Experts without tokens get gradients of exactly zero. Under autocast
+        "cpu" reads tokens and matrices as they are, rounds what goes into a product, and returns gradients that are not
+        rounded to autocast's dtype.
+    Cost: 3 * M * k * D * F multiply-adds forward, twice that backward. All but "reference" keep 2 * M * k * F
+        elements for the backward, and all but "cpu" and "reference" hold M * k * D for the experts' outputs. On a GPU
+        "grouped" waits for the experts' counts; "grouped_mm" and "triton" never wait.
 
     Example:
         >>> import torch

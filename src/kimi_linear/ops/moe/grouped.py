@@ -8,7 +8,7 @@ Kept for the backward: h1 and h3, 2 * M * k * F elements of x's dtype; the produ
 """
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from torch import Tensor
 from kimi_linear.ops.autocast import without_autocast
 from kimi_linear.ops.checks import compute_dtype
 from kimi_linear.ops.moe.checks import check_experts_values
-from kimi_linear.ops.moe.reference import silu_derivative
+from kimi_linear.ops.moe.experts_autograd import register
+from kimi_linear.ops.moe.runs import activation_gradients, combine, inverse, sort_by_expert
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,10 @@ class Plan:
 
 def plan_runs(experts: Tensor, E: int) -> Plan:
     """Sort assignments [M, k] by expert, ties in token order."""
-    flat = experts.flatten()
-    order = flat.argsort(stable=True)
-    row = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    counts: list[int] = torch.bincount(flat, minlength=E).tolist()
-    runs, start = [], 0
-    for e, count in enumerate(counts):
-        if count:
-            runs.append((e, slice(start, start + count)))
-        start += count
-    return Plan(order, order // experts.shape[1], row.view(experts.shape), runs)
-
-
-def _combine(rows: Tensor, plan: Plan, weights: Tensor | None) -> Tensor:
-    """Sum each token's rows over its slots, weighted: [M * k, D] -> [M, D] in the compute dtype."""
-    M, k = plan.row.shape
-    total = rows.new_zeros(M, rows.shape[1], dtype=compute_dtype(rows))
-    for j in range(k):
-        picked = rows[plan.row[:, j]]
-        total += picked if weights is None else picked * weights[:, j, None].to(total.dtype)
-    return total
+    found = sort_by_expert(experts, E)
+    ends: list[int] = found.ends.tolist()
+    runs = [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise([0, *ends])) if end > start]
+    return Plan(found.order, found.order // experts.shape[1], inverse(found.order).view(experts.shape), runs)
 
 
 @torch.library.custom_op("kimi_linear::grouped_mlp_grouped", mutates_args=())
@@ -79,7 +64,7 @@ def grouped_mlp_grouped(
             a = (F.silu(gate.to(wide)) * up).to(x.dtype)
             y[run] = a @ w2[e].mT
     # Eq. 2
-    return _combine(y, plan, weights).to(x.dtype), h1, h3
+    return combine(y, plan.row, weights).to(x.dtype), h1, h3
 
 
 @torch.library.custom_op("kimi_linear::grouped_mlp_grouped_backward", mutates_args=())
@@ -104,52 +89,14 @@ def grouped_mlp_grouped_backward(
     with without_autocast(x.device):
         for e, run in plan.runs:
             tokens, grad = x[plan.token[run]], d_o[plan.token[run]]
-            gate, up = h1[run].to(wide), h3[run].to(wide)
-            silu = F.silu(gate)
-            a, b = silu * up, (grad @ w2[e]).to(wide)
-            # Eq. 3
-            d_c[run] = (b * a).sum(-1, keepdim=True)
-            d_w2[e] = grad.mT @ (c[run] * a).to(low)
-            # Eq. 4
-            d_a = c[run] * b
-            d_h1, d_h3 = (d_a * up * silu_derivative(gate)).to(low), (d_a * silu).to(low)
+            gate, up, b = h1[run].to(wide), h3[run].to(wide), (grad @ w2[e]).to(wide)
+            d_c[run], weighed, d_h1, d_h3 = activation_gradients(gate, up, b, c[run], low)
+            d_w2[e] = grad.mT @ weighed
             # Eq. 5
             d_w1[e], d_w3[e] = d_h1.mT @ tokens, d_h3.mT @ tokens
             d_rows[run] = torch.addmm(d_h3 @ w3[e], d_h1, w1[e])
     d_weights = d_c[plan.row, 0].to(weights.dtype)
-    return _combine(d_rows, plan, None).to(low), d_w1, d_w3, d_w2, d_weights
+    return combine(d_rows, plan.row, None).to(low), d_w1, d_w3, d_w2, d_weights
 
 
-@grouped_mlp_grouped.register_fake
-def _fake(
-    x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, weights: Tensor, experts: Tensor, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    kept = (experts.numel() if keep else 0, w1.shape[1])
-    return x.new_empty(x.shape), x.new_empty(kept), x.new_empty(kept)
-
-
-@grouped_mlp_grouped_backward.register_fake
-def _fake_backward(d_o: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in inputs[:5])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.keep = inputs
-    _, h1, h3 = output
-    ctx.mark_non_differentiable(h1, h3)
-    ctx.save_for_backward(*tensors, h1, h3)
-
-
-def _formula(ctx: Any, d_o: Tensor, *_: Any) -> tuple[Any, ...]:
-    return (*grouped_mlp_grouped_backward(d_o, *ctx.saved_tensors), None, None)
-
-
-grouped_mlp_grouped.register_autograd(_formula, setup_context=_save)
-
-
-def run(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """Run the op, keeping h1 and h3 only when a backward can follow."""
-    inputs = (x, w1, w3, w2, weights)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    o: Tensor = grouped_mlp_grouped(*inputs, experts, keep)[0]
-    return o
+run = register(grouped_mlp_grouped, grouped_mlp_grouped_backward)
