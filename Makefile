@@ -35,5 +35,5 @@ check: $(STAMP)  ## Format, lint, types, import direction.
 bench: $(STAMP)  ## Measure operators and model beside other engines, after the operators' tests; 25 minutes on two cores.
 	$(BIN)/python benchmarks/run.py
 
-gpu-check: $(STAMP)  ## Run the operator contracts on a GPU; says so and stops where there is none.
+gpu-check: $(STAMP)  ## Run contracts and benchmarks on a GPU, 10 minutes; says so and stops where there is none.
 	$(BIN)/python benchmarks/gpu_check.py

@@ -6,6 +6,7 @@ import selectors
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Worker:
         python: The interpreter.
         keep: Whether the C library keeps freed memory; see KEEP_MEMORY.
         share: Of the free memory that it may take.
+        path: Further folders of the interpreter's search path, behind our own.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Worker:
         *,
         keep: bool,
         share: float = 2 / 3,
+        path: Sequence[Path | str] = (),
     ) -> None:
         # Enough to be fair, not enough to push the machine into swapping.
         self.limit = int(memory_bytes("MemAvailable") * share)
@@ -51,7 +54,7 @@ class Worker:
         for name in ("KIMI_LINEAR_BACKEND", "PYTHONPATH"):
             environment.pop(name, None)
         if Path(python) == Path(sys.executable):
-            environment["PYTHONPATH"] = str(ROOT / "src")
+            environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "src", *path)))
         argument = {"threads": torch.get_num_threads(), "memory": self.limit, **given}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed with the process, in `close`
         self._process = subprocess.Popen(

@@ -295,7 +295,7 @@ def test_the_gradient_of_one_result_may_be_absent(op, backend, of, name) -> None
 def test_the_callers_autocast_changes_nothing(op, backend) -> None:
     inputs = draw(DENSE[op])
     plain = run(op, inputs, backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(ops.DEVICE, dtype=torch.bfloat16):
         inside = run(op, inputs, backend)
     for name, x in plain.items():
         assert torch.equal(x, inside[name]), name

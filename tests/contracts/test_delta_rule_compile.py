@@ -84,13 +84,14 @@ def test_decode_passes_opcheck(backend, slots) -> None:
     x = token("delta_rule")
     run = {"chunk": decode.delta_rule_decode_chunk, "reference": decode.delta_rule_decode_reference}[backend]
     inputs = (x["q"], x["k"], x["erase_key"], x["write_value"], x["log_decay"])
-    ops.opcheck(run, *inputs, torch.randn(3, 4, 3, 2), torch.tensor(slots), 0.5, "post")
+    pool, slots = torch.randn(3, 4, 3, 2, device=ops.DEVICE), torch.tensor(slots, device=ops.DEVICE)
+    ops.opcheck(run, *inputs, pool, slots, 0.5, "post")
 
 
 def test_kda_core_decode_passes_opcheck() -> None:
     x = token("kda_core")
     inputs = (x[name] for name in ("q", "k", "v", "gate", "beta", "A_log", "dt_bias"))
-    pool, slots = torch.randn(3, 4, 3, 2), torch.tensor([2, 0])
+    pool, slots = torch.randn(3, 4, 3, 2, device=ops.DEVICE), torch.tensor([2, 0], device=ops.DEVICE)
     ops.opcheck(core_chunk.kda_core_decode_chunk, *inputs, pool, slots, None, 1.0, 0.5)
 
 
@@ -103,8 +104,8 @@ def test_compiles_whole_forward_and_backward(op, backend, kind) -> None:
 @pytest.mark.parametrize(("op", "function"), [("delta_rule", delta_rule_decode), ("kda_core", kda_core_decode)])
 def test_decode_compiles_whole_and_updates_the_pool(op, function) -> None:
     torch.compiler.reset()
-    inputs, slots = token(op), torch.tensor([2, 0])
-    pool = torch.randn(3, 4, 3, 2)
+    inputs, slots = token(op), torch.tensor([2, 0], device=ops.DEVICE)
+    pool = torch.randn(3, 4, 3, 2, device=ops.DEVICE)
     plain = pool.clone()
     o = function(**inputs, pool=plain, slots=slots)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -4,7 +4,6 @@ import argparse
 import importlib
 import json
 import mmap
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -409,38 +408,3 @@ def test_an_unknown_part_is_refused(bench: dict[str, ModuleType], monkeypatch: p
         bench["run"].parse_arguments()
     monkeypatch.setattr(sys, "argv", ["run.py", "context"])
     assert isinstance(bench["run"].parse_arguments(), argparse.Namespace)
-
-
-def gpu_check(*options: str) -> str:
-    command = [sys.executable, str(FOLDER / "gpu_check.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_check_says_that_there_is_no_gpu_and_succeeds() -> None:
-    assert gpu_check() == "no GPU: torch.cuda is not available here, so nothing was checked.\n"
-
-
-def test_the_gpu_check_shows_its_plan() -> None:
-    plan = gpu_check("--dry-run").splitlines()
-    assert {line.split()[0] for line in plan} == {"check", "test", "time"}
-
-
-def test_the_gpu_check_compares_with_the_float64_reference(
-    bench: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The comparison itself runs on any device; here the one there is."""
-    check = bench["gpu_check"]
-    monkeypatch.setattr(check, "DEVICE", "cpu")
-    case = Case(7, "float32", backward=True, H=2, K=8, V=8)
-    assert check.check(case, "chunk") == ""
-    right = check.call
-
-    def wrong(inputs: list[torch.Tensor], backend: str, backward: bool) -> list[torch.Tensor]:
-        o, *others = right(inputs, backend, backward)
-        return [o * (1.01 if backend == "chunk" else 1.0), *others]
-
-    monkeypatch.setattr(check, "call", wrong)
-    assert check.check(case, "chunk").startswith("o is off by 1.0e-02, allowed")

@@ -63,8 +63,8 @@ def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 def draw(case: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
     """Return the keyword arguments of a case's call."""
     if isinstance(case, CoreCase):
-        return make_core_inputs(case, dtype, seed)
-    return (make_inputs if isinstance(case, DeltaRuleCase) else make_kda_inputs)(case, dtype, seed)
+        return make_core_inputs(case, dtype, seed, ops.DEVICE)
+    return (make_inputs if isinstance(case, DeltaRuleCase) else make_kda_inputs)(case, dtype, seed, ops.DEVICE)
 
 
 def call(op: str, inputs: Inputs, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -86,14 +86,15 @@ def run(
 
 
 def reference(op: str, inputs: Inputs, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the float64 reference of a call, with the gradients of its outputs rounded as the call saw them."""
-    return run(op, ops.in_float64(inputs), "reference", ops.cotangents([found["o"], found["final_state"]]))
+    """Return the float64 reference of a call, on the CPU, with the gradients of its outputs as the call saw them."""
+    cotangents = ops.cotangents([found["o"], found["final_state"]])
+    return run(op, ops.on_cpu(ops.in_float64(inputs)), "reference", cotangents)
 
 
 @functools.cache
 def expected(op: str, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the float64 reference of a named case drawn in `dtype`; the same for every backend."""
-    inputs = draw(CASES[op][name], dtype)
+    inputs = ops.on_cpu(draw(CASES[op][name], dtype))
     o, state = call(op, inputs)
     return reference(op, inputs, {"o": o, "final_state": state})
 
@@ -106,7 +107,7 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.d
         limit = limits.output
         if name.startswith("d_"):
             limit = limits.gate_gradient if name[2:] in GATE_GRADIENTS else limits.gradient
-        error = relative_error(x, expected[name])
+        error = relative_error(x.cpu(), expected[name].cpu())
         if not error <= limit:
             beyond[name] = f"{error:.2e} > {limit:.0e}"
     return beyond

@@ -26,25 +26,27 @@ Function = Callable[..., Any]
 DEVICE = os.environ.get("KIMI_LINEAR_TEST_DEVICE", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COTANGENT_SEED = 1234
-# For what only Triton's interpreter, or the native kernels, can run.
+# For what only Triton, a GPU, the CPU, or the native kernels can run.
 TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install 'kimi-linear[triton]'"
 )
+GPU = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: set KIMI_LINEAR_TEST_DEVICE=cuda")
+CPU = pytest.mark.skipif(DEVICE != "cpu", reason="about calls on the CPU")
 NATIVE = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
 
 
 def backends(op: str, *dtypes: torch.dtype) -> list[str]:
-    """Return the names of an operator's backends, for parametrising: of those that run all these dtypes on the CPU.
+    """Return the names of an operator's backends, for parametrising: of those that run all these dtypes on DEVICE.
 
     Where there are no native kernels their backend is left out. So are those that have files of their own, as
     tests/ops/delta_rule/test_triton.py: triton's, which is interpreted here and slow, and grouped_mm, which takes
-    aligned sizes alone.
+    aligned sizes alone. On a GPU it is triton's that is on trial, alone.
     """
     missing = {"triton", "grouped_mm"} | ({"cpu"} if native.why_unavailable() else set())
     sizes: dict[str, int] = defaultdict(lambda: 1)
-    calls = [Call("cpu", str(dtype).removeprefix("torch."), needs_grad=False, sizes=sizes) for dtype in dtypes]
+    calls = [Call(DEVICE, str(dtype).removeprefix("torch."), needs_grad=False, sizes=sizes) for dtype in dtypes]
     found = [b.name for b in OPS[op].backends if not any(b.refuse(call) for call in calls)]
-    return [name for name in found if name not in missing]
+    return [name for name in found if (name == "triton" if DEVICE == "cuda" else name not in missing)]
 
 
 def backend_dtypes(op: str) -> list[tuple[str, torch.dtype]]:
@@ -59,6 +61,11 @@ def is_floating(value: Any) -> bool:
 def in_float64(arguments: Arguments) -> Arguments:
     """Widen every floating tensor, so that a reference sees exactly the values that a backend sees."""
     return {name: value.double() if is_floating(value) else value for name, value in arguments.items()}
+
+
+def on_cpu(arguments: Arguments) -> Arguments:
+    """Copy every tensor to the CPU, where token-by-token references are no slower than on a GPU."""
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
 def as_outputs(result: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted, which is slow: the contracts at their smallest, and what is their own."""
+"""The Triton kernels, without a GPU interpreted, which is slow: the contracts at their smallest, and their own."""
 
 import dataclasses
 import os
@@ -108,6 +108,7 @@ def parameter_errors(
     In half precision every summand is off by about the limit, neighbours in the same direction, and a few dozen of
     them cancel at these sizes: held against the sum itself, the error would measure the cancellation.
     """
+    inputs, found, expected = ops.on_cpu(inputs), ops.on_cpu(found), ops.on_cpu(expected)
     u = inputs["gate"].double() + inputs["dt_bias"].double().view(inputs["gate"].shape[2:])
     # d_gate = d_g * (-rate sigmoid(u)), and log(rate) gets d_g * (-rate softplus(u)).
     weight = u if inputs["lower_bound"] is not None else torch.nn.functional.softplus(u) / u.sigmoid()
@@ -187,7 +188,7 @@ def test_a_sequence_has_the_same_bits_in_every_pack(op) -> None:
     found = run(op, inputs, "triton")
     cotangents = ops.cotangents([found["o"], found["final_state"]])
     tokens = [n for n, x in inputs.items() if isinstance(x, Tensor) and x.dim() > 2 and n != "initial_state"]
-    first = {**inputs, **{n: inputs[n][:, :5] for n in tokens}, "cu_seqlens": torch.tensor([0, 5])}
+    first = {**inputs, **{n: inputs[n][:, :5] for n in tokens}, "cu_seqlens": torch.tensor([0, 5], device=ops.DEVICE)}
     first["initial_state"] = inputs["initial_state"][:1]
     single = run(op, first, "triton", [cotangents[0][:, :5], cotangents[1][:1]])
     for name, x in single.items():
@@ -273,7 +274,7 @@ def test_decoding_keeps_its_contract(op, check) -> None:
 def test_decode_passes_opcheck() -> None:
     x = compile_contract.token("delta_rule")
     inputs = [x[n] for n in ("q", "k", "erase_key", "write_value", "log_decay")]
-    pool, slots = torch.randn(3, 4, 3, 2), torch.tensor([2, -1])
+    pool, slots = torch.randn(3, 4, 3, 2, device=ops.DEVICE), torch.tensor([2, -1], device=ops.DEVICE)
     opcheck(backend.delta_rule_decode_triton, *inputs, pool, slots, 0.5, "post")
     x = compile_contract.token("kda_core")
     inputs = [x[n] for n in ("q", "k", "v", "gate", "beta", "A_log", "dt_bias")]
@@ -287,12 +288,13 @@ def test_a_slot_outside_of_the_pool_is_skipped_by_the_kernel() -> None:
 
     x = draw(DeltaRuleCase(name="x", T=1, B=2))
     q, k, e, z, g = (x[n][:, 0] for n in ("q", "k", "erase_key", "write_value", "log_decay"))
-    pool = torch.ones(3, 2, 8, 6)
+    pool, slots = torch.ones(3, 2, 8, 6, device=ops.DEVICE), torch.tensor([3, 2**31], device=ops.DEVICE)
     inputs = Inputs(q, k, e, z, g, None, None, None, None, 1.0)
-    assert torch.equal(decode.decode(inputs, pool, torch.tensor([3, 2**31])), torch.zeros(2, 2, 6))
+    assert torch.equal(decode.decode(inputs, pool, slots), torch.zeros_like(z))
     assert torch.equal(pool, torch.ones_like(pool))
 
 
+@ops.CPU
 def test_the_cpu_is_interpreted_only_when_asked_for_by_name() -> None:
     x = {n: v[:, 0] if isinstance(v, Tensor) and v.dim() > 2 else v for n, v in draw(DENSE["delta_rule"]).items()}
     tokens = {n: x[n] for n in ("q", "k", "erase_key", "write_value", "log_decay")}
@@ -309,7 +311,7 @@ def test_a_wrong_sum_does_not_pass_for_rounding() -> None:
     found = run("kda_core", inputs, "chunk")
     expected = reference("kda_core", inputs, found)
     assert parameter_errors(inputs, found, expected, tolerance(BF16).gate_gradient) == {}
-    found |= {name: -found[name] for name in ("d_dt_bias", "d_A_log")}
+    found = {**found, **{name: -found[name] for name in ("d_dt_bias", "d_A_log")}}
     assert parameter_errors(inputs, found, expected, tolerance(BF16).gate_gradient).keys() == {"d_dt_bias", "d_A_log"}
 
 

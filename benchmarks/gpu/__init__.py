@@ -1,0 +1,1 @@
+"""The check on a GPU: contracts, ceilings, times beside peers, and the page made of the records."""
