@@ -14,19 +14,26 @@ from kimi_linear.ops.checks import (
     expect_shape,
 )
 from kimi_linear.ops.conv import chunk, cpu, decode, reference
+from kimi_linear.ops.conv.triton import backend as triton_backend
 from kimi_linear.ops.registry import Backend, define
+from kimi_linear.ops.triton.backend import untried
 
 Activation = Literal["silu"]
 
 SHORT_CONV = define(
     "short_conv",
     Backend("cpu", cpu.short_conv_cpu, cpu.refuse, "native, one pass over memory each way"),
+    Backend("triton", triton_backend.short_conv_triton, triton_backend.refuse, "one launch on a GPU each way", untried),
     Backend("chunk", chunk.short_conv_chunk, lambda call: [], "multiply-adds on tiles that stay in the cache"),
     Backend("reference", reference.short_conv_reference, lambda call: [], "one gather a tap, for checking"),
 )
 SHORT_CONV_DECODE = define(
     "short_conv_decode",
     Backend("cpu", cpu.short_conv_decode_cpu, cpu.refuse_decode, "native, in place"),
+    Backend(
+        *("triton", triton_backend.short_conv_decode_triton, triton_backend.refuse_decode),
+        *("one launch on a GPU, in place", untried),
+    ),
     Backend("reference", decode.short_conv_decode_reference, decode.refuse_gradients, "the equation, in place"),
 )
 
@@ -55,7 +62,7 @@ def short_conv(
         cu_seqlens: Token offsets of packed sequences, [N + 1], int32 or int64, first 0 and last T; needs B == 1. No
             sequence sees another. Empty ones are allowed and return their initial state.
         activation: "silu" or None.
-        backend: "cpu", "chunk", "reference", or None for the best that supports the call.
+        backend: "cpu", "triton", "chunk", "reference", or None for the best that supports the call.
 
     Returns:
         y [B, T, D], and the last W - 1 inputs of each sequence, [N, D, W - 1]; both in the dtype of x. N is B without
@@ -69,7 +76,8 @@ def short_conv(
     Numerics: multiplies and sums in float32 (float64 for float64 x), activation included; one rounding at the end.
     Cost: T D W multiply-adds forward, three times that backward. The backward keeps the inputs alone and computes the
         pre-activation again. Backends cpu and chunk hold no temporary of size [T, D]; reference holds several in
-        float32. Backend cpu takes 16 taps at most.
+        float32. Backends cpu and triton take 16 taps at most; triton runs when asked for by name, and holds backward
+        D W float32 a run of rows, 16 to 1024.
 
     Example:
         >>> import torch
@@ -113,7 +121,7 @@ def short_conv_decode(
         pool: Histories, [S, D, W - 1], oldest first; the rows named by `slots` change, all others stay bit-identical.
         slots: Row of the pool of each sequence, [N], int32 or int64, no row twice; -1: skip, its output is zero.
         activation: "silu" or None.
-        backend: "cpu", "reference", or None.
+        backend: "cpu", "triton", "reference", or None.
 
     Returns:
         y [N, D] in the dtype of x.

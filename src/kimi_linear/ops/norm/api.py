@@ -8,25 +8,31 @@ from kimi_linear.base.errors import ConfigError, ShapeError
 from kimi_linear.ops.checks import describe_call, expect_floating, expect_same_device, expect_shape
 from kimi_linear.ops.native import refuse
 from kimi_linear.ops.norm import cpu, reference
+from kimi_linear.ops.norm.triton import backend as triton
 from kimi_linear.ops.registry import Backend, define
+from kimi_linear.ops.triton.backend import untried
 
 GateActivation = Literal["sigmoid", "silu"]
 
 _SUMMARY = "a few passes in plain PyTorch, any device"
 _NATIVE = "native, one pass over memory each way"
+_TRITON = "one launch on a GPU each way"
 RMS_NORM = define(
     "rms_norm",
     Backend("cpu", cpu.rms_norm_cpu, refuse, _NATIVE),
+    Backend("triton", triton.rms_norm_triton, triton.refuse, _TRITON, untried),
     Backend("reference", reference.rms_norm_reference, lambda call: [], _SUMMARY),
 )
 GATED_RMS_NORM = define(
     "gated_rms_norm",
     Backend("cpu", cpu.gated_rms_norm_cpu, refuse, _NATIVE),
+    Backend("triton", triton.gated_rms_norm_triton, triton.refuse, _TRITON, untried),
     Backend("reference", reference.gated_rms_norm_reference, lambda call: [], _SUMMARY),
 )
 L2_NORM = define(
     "l2_norm",
     Backend("cpu", cpu.l2_norm_cpu, refuse, _NATIVE),
+    Backend("triton", triton.l2_norm_triton, triton.refuse, _TRITON, untried),
     Backend("reference", reference.l2_norm_reference, lambda call: [], _SUMMARY),
 )
 
@@ -41,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = Non
         x: [..., D].
         weight: [D].
         eps: Added to the mean square, inside the root.
-        backend: "cpu", "reference", or None for the best that supports the call.
+        backend: "cpu", "triton", "reference", or None for the best that supports the call.
 
     Returns:
         y [..., D] in the dtype of x.
@@ -52,7 +58,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = Non
 
     Numerics: statistics in float32 (float64 for float64 x). The order of cast and weight is that of the released
         model; swapping them changes bfloat16 results by one rounding.
-    Cost: one pass over memory forward, one backward (backend cpu); the backward keeps x and forms the statistics again.
+    Cost: one pass over memory forward, one backward (backends cpu and triton, which runs when asked for by name and
+        takes rows of 16,384 at most); the backward keeps x and forms the statistics again.
 
     Example:
         >>> import torch
@@ -89,7 +96,7 @@ def gated_rms_norm(
         weight: [V], shared by the heads.
         eps: Added to the mean square, inside the root.
         activation: "sigmoid" or "silu", applied to the gate.
-        backend: "cpu", "reference", or None for the best that supports the call.
+        backend: "cpu", "triton", "reference", or None for the best that supports the call.
 
     Returns:
         y [..., V] in the dtype of x.
@@ -100,7 +107,8 @@ def gated_rms_norm(
         BackendError: The named backend cannot run this call; lists every backend with its reasons.
 
     Numerics: float32 throughout (float64 for float64 x), one rounding at the end: unlike `rms_norm`.
-    Cost: one pass over memory forward, one backward (backend cpu); the backward keeps the inputs alone.
+    Cost: one pass over memory forward, one backward (backends cpu and triton, which runs when asked for by name and
+        takes rows of 16,384 at most); the backward keeps the inputs alone.
 
     Example:
         >>> import torch
@@ -130,7 +138,7 @@ def l2_norm(x: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tens
     Args:
         x: [..., K], one head a row.
         eps: Added to the sum of squares, inside the root; a row of zeros stays zero.
-        backend: "cpu", "reference", or None for the best that supports the call.
+        backend: "cpu", "triton", "reference", or None for the best that supports the call.
 
     Returns:
         y [..., K] in the dtype of x.
@@ -140,7 +148,8 @@ def l2_norm(x: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tens
         BackendError: The named backend cannot run this call; lists every backend with its reasons.
 
     Numerics: float32 (float64 for float64 x), one rounding at the end.
-    Cost: one pass over memory forward, one backward (backend cpu); the backward keeps x and computes the length again.
+    Cost: one pass over memory forward, one backward (backends cpu and triton, which runs when asked for by name and
+        takes rows of 16,384 at most); the backward keeps x and computes the length again.
 
     Example:
         >>> import torch

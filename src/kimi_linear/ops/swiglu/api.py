@@ -7,10 +7,13 @@ from kimi_linear.ops.checks import describe_call, expect_floating, expect_same_d
 from kimi_linear.ops.native import refuse
 from kimi_linear.ops.registry import Backend, define
 from kimi_linear.ops.swiglu import cpu, reference
+from kimi_linear.ops.swiglu.triton import backend as triton
+from kimi_linear.ops.triton.backend import refuse_device, untried
 
 SWIGLU = define(
     "swiglu",
     Backend("cpu", cpu.swiglu_cpu, refuse, "native: one pass forward, one backward"),
+    Backend("triton", triton.swiglu_triton, refuse_device, "one launch on a GPU each way", untried),
     Backend("reference", reference.swiglu_reference, lambda call: [], "a few passes in plain PyTorch, any device"),
 )
 
@@ -24,7 +27,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     Args:
         gate: Any shape.
         up: The shape and dtype of gate.
-        backend: "cpu", "reference", or None for the best that supports the call.
+        backend: "cpu", "triton", "reference", or None for the best that supports the call.
 
     Returns:
         y, the shape and dtype of gate.
@@ -34,7 +37,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         BackendError: The named backend cannot run this call; lists every backend with its reasons.
 
     Numerics: float32 throughout (float64 for float64), one rounding at the end.
-    Cost: reads two tensors and writes one; the backward reads three, writes two, and keeps the inputs alone.
+    Cost: reads two tensors and writes one; the backward reads three, writes two, and keeps the inputs alone (backends
+        cpu and triton, which runs when asked for by name).
 
     Example:
         >>> import torch

@@ -1,0 +1,1 @@
+"""The norms on a GPU, in Triton. Only `backend` may be imported without triton."""
