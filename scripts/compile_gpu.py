@@ -28,7 +28,7 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Compile one launch; return what the assembler says it uses."""
-    launch_options = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    launch_options = {name: options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}

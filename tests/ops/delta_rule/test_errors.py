@@ -139,9 +139,17 @@ def test_initial_state_is_checked(op) -> None:
 
 
 @pytest.mark.parametrize("op", ONE)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_pool_is_float32(op, dtype) -> None:
-    refused(op, DtypeError, rf"pool is {dtype}, expected torch.float32", pool=POOL["pool"].to(dtype))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64])
+def test_the_pool_is_float32_or_bfloat16(op, dtype) -> None:
+    message = rf"pool is {dtype}, expected torch.float32 or torch.bfloat16\."
+    refused(op, DtypeError, message, pool=POOL["pool"].to(dtype))
+
+
+def test_the_pool_of_float64_inputs_is_float64() -> None:
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in valid("delta_rule_decode").items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(DtypeError, match=rf"pool is {dtype}, expected torch.float64\."):
+            ops.delta_rule_decode(**{**wide, "pool": wide["pool"].to(dtype)})
 
 
 @pytest.mark.parametrize("op", MANY)

@@ -100,6 +100,14 @@ DENSE = {
 each_op = pytest.mark.parametrize("op", DENSE)
 
 
+@pytest.fixture(autouse=True)
+def chunks_only(monkeypatch) -> None:
+    """Cut short sequences into chunks too; test_tokens.py is about those that are walked."""
+    from kimi_linear.ops.delta_rule.triton import tokens
+
+    monkeypatch.setattr(tokens, "SHORT", -1)
+
+
 def parameter_errors(
     inputs: dict[str, Any], found: dict[str, Tensor], expected: dict[str, Tensor], limit: float
 ) -> dict[str, float]:

@@ -161,7 +161,8 @@ def delta_rule_decode(
         erase_key: [N, H, K], [N, HV, K] or None.
         write_value: [N, HV, V].
         log_decay: [N, HV, K] or [N, HV].
-        pool: States, [S, HV, K, V], float32; the rows named by `slots` are overwritten, all others stay bit-identical.
+        pool: States, [S, HV, K, V], float32, or bfloat16 for half the memory (float64 for float64 inputs); the rows
+            named by `slots` are overwritten, all others stay bit-identical.
         slots: Row of the pool of each sequence, [N], int32 or int64, no row twice; -1: skip, its output is zero.
         scale: Factor on q. Default: K ** -0.5.
         read: As for `delta_rule`.
@@ -174,8 +175,11 @@ def delta_rule_decode(
         ShapeError, DtypeError, DeviceError, BackendError: As for `delta_rule`; BackendError too when a gradient is
             needed, because an update in place has none.
 
-    Cost: about 3 N HV K V multiply-adds, a few passes over the named states. Consecutive slots, in order, are updated
-        where they lie; others are copied out and back.
+    Numerics: as for `delta_rule`; a bfloat16 state is widened, advanced in float32 and rounded once, to nearest, where
+        it is stored. Errors of that rounding add up over as many tokens as the decay remembers; see README.md.
+    Cost: about 3 N HV K V multiply-adds, a few passes over the named states. "triton" updates them where they lie, as
+        do the others consecutive slots in order on the CPU; else these, and always for bfloat16, copy them out and
+        back. On a GPU the host looks at no value, so a slot outside of the pool is skipped instead of refused.
 
     Example:
         >>> import torch
@@ -261,12 +265,15 @@ def check_state_dtype(op: str, name: str, state: Tensor, value: Tensor) -> None:
 
 
 def check_pool(op: str, q: Tensor, value: Tensor, pool: Tensor, slots: Tensor) -> None:
-    """Raise the error for a pool of states, or slots, that do not fit queries [N, H, K] and values [N, HV, V]."""
-    expect_shape(op, "pool", pool, (None, value.shape[1], q.shape[2], value.shape[2]), "S, HV, K, V")
+    """Raise the error for a pool of states, or slots, that do not fit queries [N, .., K] and values [N, .., HV, V]."""
+    expect_shape(op, "pool", pool, (None, value.shape[-2], q.shape[-1], value.shape[-1]), "S, HV, K, V")
     expect_shape(op, "slots", slots, (q.shape[0],), "N")
     expect_integer(op, "slots", slots)
     expect_same_device(op, q=q, pool=pool, slots=slots)
-    check_state_dtype(op, "pool", pool, value)
+    expected = wide_dtype(value.dtype)
+    if pool.dtype != expected and (expected, pool.dtype) != (torch.float32, torch.bfloat16):
+        or_less = " or torch.bfloat16" if expected == torch.float32 else ""
+        raise DtypeError(f"{op}: pool is {pool.dtype}, expected {expected}{or_less}.")
 
 
 def check_values(op: str, log_decay: Tensor) -> None:

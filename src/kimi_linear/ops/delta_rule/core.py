@@ -196,7 +196,8 @@ def kda_core_decode(
         beta: Logits of the write strength, [N, HV].
         A_log: [HV] or None.
         dt_bias: [HV * K] or None.
-        pool: States, [S, HV, K, V], float32; the rows named by `slots` are overwritten, all others stay bit-identical.
+        pool: States, [S, HV, K, V], float32 or bfloat16; the rows named by `slots` are overwritten, all others stay
+            bit-identical.
         slots: Row of the pool of each sequence, [N]; -1: skip, its output is zero.
         lower_bound, allow_neg_eigval, scale, backend: As for `kda_core`.
 

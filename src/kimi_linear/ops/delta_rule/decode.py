@@ -1,4 +1,7 @@
-"""One token a sequence, in place on a pool of states: rows named by slot change, all others stay bit-identical."""
+"""One token a sequence, in place on a pool of states: rows named by slot change, all others stay bit-identical.
+
+The arithmetic is wide; a pool of bfloat16 is rounded to once, where the state is stored.
+"""
 
 from collections.abc import Callable
 
@@ -6,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kimi_linear.ops.autocast import without_autocast
-from kimi_linear.ops.checks import check_slots_values
 from kimi_linear.ops.delta_rule.layout import expand_heads, wide_dtype
+from kimi_linear.ops.delta_rule.pool import pick
 from kimi_linear.ops.delta_rule.reference import recurrent_step
 from kimi_linear.ops.registry import Call
 
@@ -17,7 +20,7 @@ def refuse_gradients(call: Call) -> list[str]:
     return ["updates states in place, so it has no gradient; use the many-token call"] if call.needs_grad else []
 
 
-def _wide(q: Tensor, k: Tensor, e: Tensor | None, z: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+def wide_terms(q: Tensor, k: Tensor, e: Tensor | None, z: Tensor, g: Tensor) -> tuple[Tensor, ...]:
     """Return the inputs wide with their heads expanded: q, k, e or an empty tensor, z, decay [N, HV, K or 1]."""
     dtype, heads = wide_dtype(z.dtype), z.shape[1]
     q, k = (expand_heads(x.to(dtype), heads, 1) for x in (q, k))
@@ -31,22 +34,11 @@ Step = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 
 def _run(step: Step, pool: Tensor, slots: Tensor, z: Tensor, terms: tuple[Tensor, ...]) -> Tensor:
     """Run `step(states, terms) -> o`, which updates states [n, HV, K, V] in place, on the named rows of the pool."""
-    rows = check_slots_values(slots, pool.shape[0])
-    n = len(rows)
-    if n and rows == list(range(rows[0], rows[0] + n)) and rows[0] >= 0:
-        # Consecutive slots are a view: no copy of any state.
-        with without_autocast(z.device):
-            return step(pool[rows[0] : rows[0] + n], terms).to(z.dtype)
-    output = torch.zeros_like(z, memory_format=torch.contiguous_format)
-    keep = [i for i, row in enumerate(rows) if row >= 0]
-    if keep:
-        picked = torch.tensor(keep, device=z.device)
-        where = torch.tensor([rows[i] for i in keep], device=z.device)
-        states = pool.index_select(0, where)
-        part = tuple(x if x.numel() == 0 else x.index_select(0, picked) for x in terms)
-        with without_autocast(z.device):
-            output.index_copy_(0, picked, step(states, part).to(z.dtype))
-        pool.index_copy_(0, where, states)
+    picked = pick(pool, slots, wide_dtype(z.dtype))
+    part = tuple(x if x.numel() == 0 else x[picked.sequences] for x in terms)
+    with without_autocast(z.device):
+        output = picked.spread(step(picked.states, part).to(z.dtype))
+    picked.put_back(pool)
     return output
 
 
@@ -66,11 +58,11 @@ def delta_rule_decode_reference(
 
     def step(states: Tensor, terms: tuple[Tensor, ...]) -> Tensor:
         q, k, e, z, decay = terms
-        after, o = recurrent_step(states, q, k, e if erase_key is not None else None, z, decay, scale, read)
+        after, o, _ = recurrent_step(states, q, k, e if erase_key is not None else None, z, decay, scale, read)
         states.copy_(after)
         return o
 
-    return _run(step, pool, slots, write_value, _wide(q, k, erase_key, write_value, log_decay))
+    return _run(step, pool, slots, write_value, wide_terms(q, k, erase_key, write_value, log_decay))
 
 
 def advance(
@@ -99,7 +91,7 @@ def advance(
         states.mul_(decay.unsqueeze(-1)).addcmul_(k.unsqueeze(-1), written.unsqueeze(-2))
         return (products[:, :, 0] + (q * k).sum(-1, keepdim=True) * written) * scale
 
-    return _run(step, pool, slots, z, _wide(q, k, e, z, g))
+    return _run(step, pool, slots, z, wide_terms(q, k, e, z, g))
 
 
 @torch.library.custom_op("kimi_linear::delta_rule_decode_chunk", mutates_args=("pool",))

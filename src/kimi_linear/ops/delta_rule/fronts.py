@@ -147,7 +147,7 @@ def gated_delta_rule_decode(
         v: Values, [N, HV, V].
         log_decay: [N, HV] or [N, HV, K].
         beta: [N, HV].
-        pool: States, [S, HV, K, V], float32; updated in place.
+        pool: States, [S, HV, K, V], float32 or bfloat16; updated in place.
         slots: Row of the pool of each sequence, [N]; -1: skip, its output is zero.
         scale: Factor on q. Default: K ** -0.5.
         backend: As for `delta_rule_decode`.

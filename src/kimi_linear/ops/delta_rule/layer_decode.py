@@ -95,22 +95,11 @@ def _composition(backend: str | None) -> Callable[..., Tensor]:
         q = convolve(q, weights.conv_q, pools.conv_q)
         k = convolve(k, weights.conv_k, pools.conv_k)
         v = convolve(v, weights.conv_v, pools.conv_v)
-        states = pools.recurrent.to(wide_dtype(v.dtype))
         inputs = (q, k, v, gate, beta, weights.A_log, weights.dt_bias)
-        o = chosen(KDA_CORE_DECODE, q)(*inputs, states, slots, lower_bound, beta_scale, scale)
-        if states is not pools.recurrent:
-            _write_back(pools.recurrent, states, slots)
+        o = chosen(KDA_CORE_DECODE, q)(*inputs, pools.recurrent, slots, lower_bound, beta_scale, scale)
         return chosen(GATED_RMS_NORM, o)(o, output_gate, weights.norm, eps, silu)
 
     return run
-
-
-def _write_back(pool: Tensor, states: Tensor, slots: Tensor) -> None:
-    """Round the named states into a narrower pool; the others keep their bits."""
-    # Row S is where -1 points, and is cut off.
-    named = torch.zeros(pool.shape[0] + 1, dtype=torch.bool, device=pool.device)
-    named = named.index_fill(0, slots.long().remainder(pool.shape[0] + 1), True)[:-1]
-    pool.copy_(torch.where(named.view(-1, 1, 1, 1), states.to(pool.dtype), pool))
 
 
 KDA_LAYER_DECODE = define(
@@ -174,7 +163,7 @@ def kda_layer_decode(
         float32 between (float64 for float64 inputs). A bfloat16 state is rounded once a token.
     Cost: reads and writes every named state and history once. "triton" starts one program a sequence and key head,
         because the heads of a group share the histories of q and k: at N H below the number of multiprocessors some
-        of these idle. "plain" takes a bfloat16 pool of states through a float32 copy of the whole.
+        of these idle.
 
     Example:
         >>> import torch

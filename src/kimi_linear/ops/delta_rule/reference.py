@@ -21,8 +21,8 @@ def _decay(log_decay: Tensor) -> Tensor:
 
 def recurrent_step(
     state: Tensor, q: Tensor, k: Tensor, e: Tensor | None, z: Tensor, decay: Tensor, scale: float, read: str
-) -> tuple[Tensor, Tensor]:
-    """Advance [.., K, V] states by one token: q, k, e, decay [.., K], z [.., V]; returns (state, o [.., V])."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advance [.., K, V] states by one token: q, k, e, decay [.., K], z [.., V]; returns state, o, written [.., V]."""
     # Eq. 1, first factor: decay every key channel.
     decayed = decay.unsqueeze(-1) * state
     written = z
@@ -32,7 +32,7 @@ def recurrent_step(
         written = z - torch.einsum("...k,...kv->...v", e, source)
     # Eq. 1, rank-one write, then the read after the write.
     state = decayed + k.unsqueeze(-1) * written.unsqueeze(-2)
-    return state, scale * torch.einsum("...k,...kv->...v", q, state)
+    return state, scale * torch.einsum("...k,...kv->...v", q, state), written
 
 
 def recurrent_forward(
@@ -43,7 +43,7 @@ def recurrent_forward(
     outputs = []
     for t in range(q.shape[1]):
         e_t = None if e is None else e[:, t]
-        state, o = recurrent_step(state, q[:, t], k[:, t], e_t, z[:, t], decay[:, t], scale, read)
+        state, o, _ = recurrent_step(state, q[:, t], k[:, t], e_t, z[:, t], decay[:, t], scale, read)
         outputs.append(o)
     return (torch.stack(outputs, 1) if outputs else z.new_empty(z.shape)), state
 

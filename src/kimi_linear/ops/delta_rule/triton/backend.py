@@ -10,6 +10,7 @@ from kimi_linear.base import env
 from kimi_linear.ops.checks import check_slots_values
 from kimi_linear.ops.delta_rule.autograd import fake_forward, save_inputs, saved_inputs
 from kimi_linear.ops.delta_rule.decode import refuse_gradients
+from kimi_linear.ops.delta_rule.pool import unread
 from kimi_linear.ops.registry import Call
 from kimi_linear.ops.triton.backend import refuse_device
 
@@ -52,6 +53,16 @@ def _inputs(
     return Inputs(*flat, **{name: x.contiguous() if isinstance(x, Tensor) else x for name, x in others.items()})  # type: ignore[arg-type]
 
 
+def _forward(inputs: "Inputs", cu_seqlens: Tensor | None, B: int, T: int, keep: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return o, the final states and what is kept: short sequences token by token, others in chunks."""
+    from kimi_linear.ops.delta_rule.triton import launch, tokens
+
+    if keep == "inputs" and tokens.suits(T, cu_seqlens):
+        o, final = tokens.forward(inputs, B, T)
+        return o, final, o.new_empty(0, dtype=torch.uint8)
+    return launch.forward(inputs, cu_seqlens, B, T, keep)
+
+
 @torch.library.custom_op("kimi_linear::delta_rule_triton", mutates_args=())
 def delta_rule_triton(
     q: Tensor,
@@ -67,10 +78,8 @@ def delta_rule_triton(
     keep: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernels; see `kimi_linear.ops.delta_rule.delta_rule` for the arguments. Returns what is kept, too."""
-    from kimi_linear.ops.delta_rule.triton import launch
-
-    inputs = _plain_inputs(q, k, erase_key, write_value, log_decay, beta, scale, initial_state, read)
-    o, final, kept = launch.forward(inputs, cu_seqlens, *_sizes(q), keep)
+    inputs = plain_inputs(q, k, erase_key, write_value, log_decay, beta, scale, initial_state, read)
+    o, final, kept = _forward(inputs, cu_seqlens, *_sizes(q), keep)
     return o.view_as(write_value), final, kept
 
 
@@ -94,7 +103,7 @@ def delta_rule_triton_backward(
     """Return the gradients of (q, k, erase_key or empty, write_value, log_decay, initial state, beta or empty)."""
     from kimi_linear.ops.delta_rule.triton import launch
 
-    inputs = _plain_inputs(q, k, erase_key, write_value, log_decay, beta, scale, initial_state, read)
+    inputs = plain_inputs(q, k, erase_key, write_value, log_decay, beta, scale, initial_state, read)
     gradients = d_o.flatten(0, 1).contiguous(), d_final.contiguous()
     found = launch.backward(inputs, cu_seqlens, *_sizes(q), *gradients, kept, keep)
     given = {"q": q, "k": k, "erase": erase_key, "value": write_value, "g": log_decay, "beta": beta}
@@ -107,7 +116,7 @@ def _given(x: Tensor | None) -> Tensor:
     return x
 
 
-def _plain_inputs(
+def plain_inputs(
     q: Tensor,
     k: Tensor,
     erase_key: Tensor | None,
@@ -118,6 +127,7 @@ def _plain_inputs(
     initial_state: Tensor | None,
     read: str,
 ) -> "Inputs":
+    """Return the kernels' inputs of a `delta_rule` call."""
     pre = read == "pre"
     tensors = (q, k, erase_key, write_value, log_decay, beta)
     return _inputs(*tensors, initial=initial_state, scale=scale, pre=pre, A_log=None, dt_bias=None)
@@ -140,10 +150,8 @@ def kda_core_triton(
     keep: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernels from the raw inputs; see `kimi_linear.ops.delta_rule.kda_core`. Returns what is kept, too."""
-    from kimi_linear.ops.delta_rule.triton import launch
-
-    inputs = _core_inputs(q, k, v, gate, beta, A_log, dt_bias, lower_bound, beta_scale, scale, initial_state)
-    o, final, kept = launch.forward(inputs, cu_seqlens, *_sizes(q), keep)
+    inputs = core_inputs(q, k, v, gate, beta, A_log, dt_bias, lower_bound, beta_scale, scale, initial_state)
+    o, final, kept = _forward(inputs, cu_seqlens, *_sizes(q), keep)
     return o.view_as(v), final, kept
 
 
@@ -169,7 +177,7 @@ def kda_core_triton_backward(
     """Return the gradients of (q, k, v, gate, beta, A_log or empty, dt_bias or empty, initial state)."""
     from kimi_linear.ops.delta_rule.triton import launch
 
-    inputs = _core_inputs(q, k, v, gate, beta, A_log, dt_bias, lower_bound, beta_scale, scale, initial_state)
+    inputs = core_inputs(q, k, v, gate, beta, A_log, dt_bias, lower_bound, beta_scale, scale, initial_state)
     gradients = d_o.flatten(0, 1).contiguous(), d_final.contiguous()
     found = launch.backward(inputs, cu_seqlens, *_sizes(q), *gradients, kept, keep)
     given = {"q": q, "k": k, "value": v, "g": gate, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
@@ -177,7 +185,7 @@ def kda_core_triton_backward(
     return *d, _given(found["initial"])  # type: ignore[return-value]
 
 
-def _core_inputs(
+def core_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -190,6 +198,7 @@ def _core_inputs(
     scale: float,
     initial_state: Tensor | None,
 ) -> "Inputs":
+    """Return the kernels' inputs of a `kda_core` call."""
     parameters = {"A_log": A_log, "dt_bias": dt_bias, "initial": initial_state}
     plain = {"scale": scale, "lower_bound": lower_bound, "beta_scale": beta_scale, "raw": True}
     return _inputs(q, k, None, v, gate, beta, **parameters, **plain)
@@ -199,7 +208,7 @@ def _core_inputs(
 def _fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, erase_key, value, log_decay, scale, initial_state, cu_seqlens, read, beta, keep = inputs
     given = (q, k, erase_key, value, log_decay, beta, scale, initial_state, read)
-    return *fake_forward(*inputs[:9]), _fake_kept(_plain_inputs, given, cu_seqlens, keep)
+    return *fake_forward(*inputs[:9]), _fake_kept(plain_inputs, given, cu_seqlens, keep)
 
 
 @kda_core_triton.register_fake
@@ -207,7 +216,7 @@ def _fake_core(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, gate = inputs[:4]
     initial_state, cu_seqlens, keep = inputs[10:]
     shapes = fake_forward(q, k, None, v, gate, 1.0, initial_state, cu_seqlens, "post")
-    return *shapes, _fake_kept(_core_inputs, inputs[:11], cu_seqlens, keep)
+    return *shapes, _fake_kept(core_inputs, inputs[:11], cu_seqlens, keep)
 
 
 def _fake_kept(make: Callable[..., "Inputs"], given: tuple[Any, ...], cu_seqlens: Tensor | None, keep: str) -> Tensor:
@@ -321,8 +330,8 @@ def _decode(given: list[Tensor | None], pool: Tensor, slots: Tensor, **others: A
     from kimi_linear.ops.delta_rule.triton.decode import decode
     from kimi_linear.ops.delta_rule.triton.inputs import Inputs
 
-    # On a GPU a look at the slots would wait for it; there a slot outside of the pool is skipped.
-    if not slots.is_cuda or env.read("KIMI_LINEAR_DEBUG"):
+    # Where the host does not look, a slot outside of the pool is skipped.
+    if not unread(slots):
         check_slots_values(slots, pool.shape[0])
     q, k, erase, value, g = given
     inputs = Inputs(_given(q), _given(k), erase, _given(value), _given(g), initial=None, **others)
