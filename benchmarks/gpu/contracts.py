@@ -20,6 +20,7 @@ FIRST = (
     "tests/ops/delta_rule/test_triton.py",
     "tests/ops/delta_rule/test_triton_device.py",
     "tests/contracts/test_delta_rule_decode.py",
+    "tests/models/test_triton.py",
 )
 LAST = ("tests/contracts/test_delta_rule.py", "tests/contracts/test_delta_rule_compile.py")
 # Not about kernels on a GPU: other backends' operators, on tensors of the CPU.

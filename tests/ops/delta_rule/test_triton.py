@@ -40,6 +40,8 @@ CORE = [
     CoreCase(name="no_bias_no_state", has_bias=False, initial_state=False, T=17, **ONE),
     CoreCase(name="neg_eigval", allow_neg_eigval=True, T=17, **ONE),
     CoreCase(name="K20_V36", K=20, V=36, T=17, **ONE),
+    # Wide enough for the state to be read in parts.
+    CoreCase(name="K70_V3", K=70, V=3, T=17, **ONE),
     CoreCase(name="zero_rows", zero_rows=True, T=17, **ONE),
     CoreCase(name="extreme", T=17, **{**EXTREME, "H": 2}),
     CoreCase(name="extreme_bounded", T=17, lower_bound=-5.0, **EXTREME),

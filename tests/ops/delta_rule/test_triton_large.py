@@ -194,7 +194,7 @@ def test_the_largest_grid_of_a_long_pack_fits_its_axis(monkeypatch) -> None:
     inputs = Inputs(*x[:2], None, x[2], x[3], empty(T, H), empty(H), empty(H * D), None, 1.0, raw=True)
     launch.backward(inputs, empty(N + 1, dtype=torch.int32), 1, T, x[0], empty(N, H, D, D, dtype=torch.float32))
     assert set(counts) == {*BACKWARD, "finish_kernel"}
-    assert counts["collect_kernel"] == (T // 64 + N) * H * 8
+    assert counts["collect_kernel"] == (T // 64 + N) * H * 4
     assert max(counts.values()) < 2**31
 
 
@@ -249,12 +249,8 @@ def decode_last(inputs: Any, pool: Tensor, slots: Tensor) -> Tensor:
     return o[-1:]
 
 
-def decoded(monkeypatch: pytest.MonkeyPatch, K: int) -> tuple[Tensor, Tensor, Tensor]:
+def decoded(K: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return a state, and what decoding makes of it and puts out, for one sequence alone."""
-    from kimi_linear.ops.delta_rule.triton import decode
-
-    # Blocks as wide as those of many sequences.
-    monkeypatch.setattr(decode, "MANY_ROWS", 1)
     state = torch.randn(1, 1, K, K, generator=torch.Generator().manual_seed(2)).bfloat16()
     pool = state.clone()
     o = decode_last(token(1, K)[0], pool, torch.zeros(1, dtype=torch.int32))
@@ -263,8 +259,8 @@ def decoded(monkeypatch: pytest.MonkeyPatch, K: int) -> tuple[Tensor, Tensor, Te
     return state, pool, o
 
 
-def test_decoding_beyond_2_31_elements_of_sequences(monkeypatch) -> None:
-    state, after, o = decoded(monkeypatch, 64)
+def test_decoding_beyond_2_31_elements_of_sequences() -> None:
+    state, after, o = decoded(64)
     inputs, slots = token(2**25 + 1, 64)
     assert torch.equal(decode_last(inputs, pool := state.clone(), slots), o)
     assert torch.equal(pool, after)
@@ -275,8 +271,8 @@ def test_decoding_beyond_2_31_elements_of_sequences(monkeypatch) -> None:
     [(2**30 + 64, 2**13, 64, 1), (64 * 2**26, 64 * 2**26, 2**26, 1), (64 * 2**26, 64 * 2**26, 1, 2**26)],
     ids=["slots", "rows", "columns"],
 )
-def test_decoding_in_a_pool_that_ends_beyond_2_31_elements(strides, monkeypatch) -> None:
-    state, after, o = decoded(monkeypatch, 64)
+def test_decoding_in_a_pool_that_ends_beyond_2_31_elements(strides) -> None:
+    state, after, o = decoded(64)
     inputs, slots = token(1, 64)
     slot = 2 if strides[0] < 2**31 else 0
     pool = sparse(max(3 * strides[0], 64 * 2**26), dtype=torch.bfloat16).as_strided((slot + 1, 1, 64, 64), strides)

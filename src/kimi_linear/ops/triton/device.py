@@ -39,8 +39,6 @@ def dot(a, b, WIDE: tl.constexpr):
 
 
 @triton.jit
-def dot32(a, b, WIDE: tl.constexpr):
-    """Return a b of float32 operands: in tf32, which the inverse needs at least, or with WIDE in three times tf32."""
-    if WIDE:
-        return tl.dot(a, b, input_precision="tf32x3")
-    return tl.dot(a, b, input_precision="tf32")
+def dot32(a, b):
+    """Return a b of float32 operands to near float32, in three times tf32."""
+    return tl.dot(a, b, input_precision="tf32x3")

@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
-from kimi_linear.ops.delta_rule.triton.device import LEAF, SOFTPLUS, carry, first_and_second, forgotten, softplus
+from kimi_linear.ops.delta_rule.triton.device import SOFTPLUS, forgotten, in_pair, join, levels, log_decay, softplus
 from kimi_linear.ops.delta_rule.triton.prepare import (
     GIVEN,
     NORM_EPS,
     NOTHING,
+    WEIGHED,
     chunk_rows,
     decay_matrices,
     gate_input,
@@ -22,42 +23,17 @@ from kimi_linear.ops.triton.device import dot, save
 
 
 @triton.jit
-def leaves(square, C: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Return the 16 x 16 blocks on the diagonal of a stored matrix [C, C], or of its transpose, [C / 16, 16, 16]."""
-    n, i = tl.arange(0, C // LEAF)[:, None, None] * LEAF, tl.arange(0, LEAF)
-    rows, columns = i[None, :, None], i[None, None, :]
-    if TRANSPOSED:
-        rows, columns = columns, rows
-    return tl.load(square + (n + rows) * C + n + columns)
+def joined(square, level, UPPER: tl.constexpr, C: tl.constexpr):
+    """Return the (second, first) blocks of the pairs of 2^level rows of a stored matrix [C, C], zero elsewhere.
 
-
-@triton.jit
-def through_leaves(
-    blocks, x, LENGTH: tl.constexpr, UPPER: tl.constexpr, C: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr
-):
-    """Return the leaves' product with x [C, B], over the (second, first) blocks of every pair of LENGTH < 16 alone.
-
-    UPPER: over the (first, second) blocks, which a transpose has instead.
+    UPPER: the (first, second) blocks of its transpose, loaded as such.
     """
-    i, j = tl.arange(0, LEAF)[:, None], tl.arange(0, LEAF)[None, :]
-    mask = ((i ^ j) // LENGTH == 1) & ((i > j) ^ UPPER)
-    chosen = tl.where(mask[None, :, :], blocks, 0.0).to(blocks.dtype)
-    x = tl.reshape(x, [C // LEAF, LEAF, B])
-    if WIDE:
-        # Three tf32 products would hold six fragments in registers; leaves are too small to lose time.
-        return tl.reshape(tl.dot(chosen, x, input_precision="ieee"), [C, B])
-    return tl.reshape(dot(chosen, x, WIDE), [C, B])
-
-
-@triton.jit
-def through_pairs(square, x, LENGTH: tl.constexpr, UPPER: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr):
-    """Return the same for LENGTH >= 16, from the stored matrix [C, C]; UPPER: from its transpose, loaded as such."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    mask = ((i ^ j) // LENGTH == 1) & ((i > j) ^ UPPER)
     at = i * C + j
     if UPPER:
         at = j * C + i
-    return dot(tl.load(square + at, mask=mask, other=0.0), x, WIDE)
+    x = tl.load(square + at)
+    return tl.where(in_pair(level, C, UPPER), x, tl.zeros_like(x))
 
 
 @triton.jit(do_not_specialize=["beta_scale", "N", "H", "HV"])
@@ -119,14 +95,61 @@ def scores_kernel(
 
 
 @triton.jit
-def factor_gradients(
-    written, states, d_states, d_o,
-    rows, valid, head, HV, pid, c,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, B: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
+def pair_gradients(
+    q_row, key, strength, e_row, a, d_scores, d_lower,
+    ERASE: tl.constexpr, PRE: tl.constexpr, C: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return dq~ = dO S^T and dk^ = R dS'^T, [C, B] each, and sum_v S dS', [B], for channels c."""
+    """Return the gradients of queries, erase keys and keys [C, B] through both squares, given the squares' gradients.
+
+    Walks the joins of the forward again, on the decay factors alone: at every length the second block's rows meet the
+    first block's keys, each with its factor, all of them <= 1. Returns the last factors too, exp(G), exp(G'),
+    exp(G_C - G). A loop of one body: unrolled, the products of every length would wait in registers.
+    """
+    f_row, f_erase, f_key = a, a, tl.full([C, B], 1.0, tl.float32)
+    if PRE:
+        f_erase = f_key
+    g_q, g_e, g_k = tl.zeros([C, B], tl.float32), tl.zeros([C, B], tl.float32), tl.zeros([C, B], tl.float32)
+    for level in tl.range(levels(C), num_stages=1):
+        # Keeps the squares in cache: without it they are loaded before the loop, into registers.
+        tl.debug_barrier()
+        keys = key * f_key
+        g_q += f_row * dot(joined(d_scores, level, False, C), keys, WIDE)
+        g_k += f_key * dot(joined(d_scores, level, True, C), q_row * f_row, WIDE)
+        if ERASE != NOTHING:
+            g_e += f_erase * dot(joined(d_lower, level, False, C), keys, WIDE)
+            erase = e_row * f_erase
+            if ERASE == WEIGHED:
+                erase = (strength[:, None] * f_erase) * key
+            g_k += f_key * dot(joined(d_lower, level, True, C), erase, WIDE)
+        f_row, to_start, to_end = join(f_row, level, C, B)
+        f_key *= to_end
+        if PRE:
+            f_erase *= to_start
+        else:
+            f_erase = f_row
+    return g_q, g_e, g_k, f_row, f_erase, f_key
+
+
+@triton.jit
+def square_gradients(row, key, square, decays, C: tl.constexpr, WIDE: tl.constexpr):
+    """Return the gradients of rows and keys for one decay a head, whose factors [C, C] stand outside the sums."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    forth = tl.load(square + i * C + j).to(tl.float32) * decays
+    back = tl.load(square + j * C + i).to(tl.float32) * tl.trans(decays)
+    return dot(forth, key, WIDE), dot(back, row, WIDE)
+
+
+@triton.jit
+def factor_gradients(
+    written, states, d_states, d_o, d_z,
+    rows, valid, head, HV, pid, c,
+    ERASE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return dq~ = dO S^T, de~ = -dz S^T and dk^ = R dS'^T, [C, B] each, and sum_v S dS', [B], for channels c."""
     i = tl.arange(0, C)
-    d_q, d_k, tail = tl.zeros([C, B], tl.float32), tl.zeros([C, B], tl.float32), tl.zeros([B], tl.float32)
+    d_q, d_e, d_k = tl.zeros([C, B], tl.float32), tl.zeros([C, B], tl.float32), tl.zeros([C, B], tl.float32)
+    tail = tl.zeros([B], tl.float32)
     for block in range((V + BV - 1) // BV):
         v = block * BV + tl.arange(0, BV)
         at, columns = (pid * C + i[:, None]) * V + v[None, :], (v < V)[None, :]
@@ -135,61 +158,10 @@ def factor_gradients(
         d_state = tl.load(d_states + cell, mask=inside, other=0.0)
         d_q += dot(load_values(d_o, rows, valid, head, HV, v, V), state, WIDE)
         d_k += dot(tl.load(written + at, mask=columns, other=0.0), d_state, WIDE)
+        if ERASE != NOTHING:
+            d_e -= dot(tl.load(d_z + at, mask=columns, other=0.0), state, WIDE)
         tail += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 0)
-    return d_q, d_k, tail
-
-
-@triton.jit
-def erase_factor_gradient(
-    states, d_z, pid, c,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, B: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Return de~ = -dz S^T, [C, B], for channels c."""
-    i, d_e = tl.arange(0, C), tl.zeros([C, B], tl.float32)
-    for block in range((V + BV - 1) // BV):
-        v = block * BV + tl.arange(0, BV)
-        at, columns = (pid * C + i[:, None]) * V + v[None, :], (v < V)[None, :]
-        cell, inside = (pid * K + c[None, :]) * V + v[:, None], (v < V)[:, None] & (c < K)[None, :]
-        state = tl.load(states + cell, mask=inside, other=0.0)
-        d_e -= dot(tl.load(d_z + at, mask=columns, other=0.0), state, WIDE)
-    return d_e
-
-
-@triton.jit
-def pair_gradients(
-    row, key, a, square, PRE: tl.constexpr, C: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    """Return the gradients of rows and keys [C, B] through a square of scores, given the gradient of the square.
-
-    Walks the joins of the forward again, on the decay factors alone: at every length the second block's rows meet the
-    first block's keys, each with its factor, all of them <= 1. Returns the last factors too, exp(G) or exp(G') and
-    exp(G_C - G), and exp(G_C) [1, B].
-    """
-    f_row, f_key, total = a, tl.full([C, B], 1.0, tl.float32), a
-    if PRE:
-        f_row = f_key
-    g_row, g_key = tl.zeros([C, B], tl.float32), tl.zeros([C, B], tl.float32)
-    for level in tl.static_range(0, 6):
-        if (1 << level) < C:
-            if (1 << level) < LEAF:
-                g_row += f_row * through_leaves(leaves(square, C, False), key * f_key, 1 << level, False, C, B, WIDE)
-                g_key += f_key * through_leaves(leaves(square, C, True), row * f_row, 1 << level, True, C, B, WIDE)
-            else:
-                g_row += f_row * through_pairs(square, key * f_key, 1 << level, False, C, WIDE)
-                g_key += f_key * through_pairs(square, row * f_row, 1 << level, True, C, WIDE)
-            one, two = first_and_second(total, C // (2 << level), B)
-            f_row, f_key = carry(f_row, one, 1, C, 1 << level, B), carry(f_key, two, 0, C, 1 << level, B)
-            total = one * two
-    return g_row, g_key, f_row, f_key, total
-
-
-@triton.jit
-def square_gradients(row, key, square, decays, C: tl.constexpr, WIDE: tl.constexpr):
-    """Return the same for one decay a head, whose factors [C, C] stand outside the sums over channels."""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    forth = tl.load(square + i * C + j).to(tl.float32) * decays
-    back = tl.load(square + j * C + i).to(tl.float32) * tl.trans(decays)
-    return dot(forth, key, WIDE), dot(back, row, WIDE)
+    return d_q, d_e, d_k, tail
 
 
 @triton.jit
@@ -228,37 +200,49 @@ def collect_kernel(
     if tl.load(owner + chunk) >= N:
         return
     rows, valid = chunk_rows(cu_seqlens, first, owner, chunk, C)
-    key_head = head // (HV // H)
+    key_head, erase_head = head // (HV // H), head // (HV // HE)
     i, c = tl.arange(0, C), block * B + tl.arange(0, B)
-    q_row, k_row = load_rows(q, rows, valid, key_head, H, c, K), load_rows(k, rows, valid, key_head, H, c, K)
-    if NORM:
-        q_row *= tl.load(norms + pid * 2 * C + i)[:, None]
-        k_row *= tl.load(norms + pid * 2 * C + C + i)[:, None]
-    q_row *= scale
-    strength = tl.zeros([C], tl.float32)
+    strength, q_root, k_root = tl.zeros([C], tl.float32), scale, 1.0
     if BETA != 0:
         strength = write_strength(beta, rows, valid, head, HV, beta_scale, BETA)
-    e_row = strength[:, None] * k_row
+    if NORM:
+        q_root = scale * tl.load(norms + pid * 2 * C + i)[:, None]
+        k_root = tl.load(norms + pid * 2 * C + C + i)[:, None]
+    q_row = load_rows(q, rows, valid, key_head, H, c, K) * q_root
+    k_row = load_rows(k, rows, valid, key_head, H, c, K) * k_root
+    e_row = k_row
     if ERASE == GIVEN:
-        e_row = load_rows(e, rows, valid, head // (HV // HE), HE, c, K)
+        e_row = load_rows(e, rows, valid, erase_head, HE, c, K)
+    elif ERASE != NOTHING:
+        e_row = strength[:, None] * k_row
     dp_at, dl_at = d_scores + pid * C * C, d_lower
     if ERASE != NOTHING:
         dl_at = d_lower + pid * C * C
+    rate = head_rate(A_log, head, HAS_RATE)
     if SCALAR:
-        post, pre, f_row, f_erase, f_key, f_total = decay_matrices(g, rows, valid, head, HV, C, PRE)
+        post, pre, f_row, f_erase, f_key = decay_matrices(g, rows, valid, head, HV, C, PRE)
         g_q, g_k = square_gradients(q_row, k_row, dp_at, post, C, WIDE)
+        g_e = tl.zeros([C, B], tl.float32)
+        if ERASE != NOTHING:
+            g_e, g_more = square_gradients(e_row, k_row, dl_at, pre, C, WIDE)
+            g_k += g_more
     else:
-        rate = head_rate(A_log, head, HAS_RATE)
         a = tl.exp(load_log_decay(g, dt_bias, rate, bound, rows, valid, head, HV, c, K, GATE, HAS_BIAS))
-        g_q, g_k, f_row, f_key, f_total = pair_gradients(q_row, k_row, a, dp_at, False, C, B, WIDE)
+        g_q, g_e, g_k, f_row, f_erase, f_key = pair_gradients(
+            q_row, k_row, strength, e_row, a, dp_at, dl_at, ERASE, PRE, C, B, WIDE
+        )
     # Barriers keep the compiler from starting the next part's loads while this one's tiles fill the registers.
     tl.debug_barrier()
-    d_q_factor, d_k_factor, tail = factor_gradients(
-        written, states, d_states, d_o, rows, valid, head, HV, pid, c, K, V, BV, B, C, WIDE
+    d_q_factor, d_e_factor, d_k_factor, tail = factor_gradients(
+        written, states, d_states, d_o, d_z, rows, valid, head, HV, pid, c, ERASE, K, V, BV, B, C, WIDE
     )
+    tl.debug_barrier()
+    # Loaded again instead of kept.
+    q_row = load_rows(q, rows, valid, key_head, H, c, K) * q_root
+    k_row = load_rows(k, rows, valid, key_head, H, c, K) * k_root
     to_end = f_key * d_k_factor
     g_q, g_k = g_q + f_row * d_q_factor, g_k + to_end
-    last = tl.sum(k_row * to_end, 0) + tl.sum(f_total, 0) * tail
+    last = tl.sum(k_row * to_end, 0) + tl.sum(tl.where((i == C - 1)[:, None], f_row, 0.0), 0) * tail
     d_decay = q_row * g_q - k_row * g_k
     # The terms i = j, which know no decay.
     same = tl.load(diagonal + pid * C + i)[:, None]
@@ -266,42 +250,38 @@ def collect_kernel(
     at = (rows[:, None] * HV + head) * K + c[None, :]
     save(d_q + at, scale * (g_q + same * k_row), out)
     g_k += same * q_row
-    g_e = tl.zeros([C, B], tl.float32)
-    if ERASE != NOTHING:
-        if SCALAR:
-            g_e, g_more = square_gradients(e_row, k_row, dl_at, pre, C, WIDE)
-        else:
-            # The same decays again: kept from above, the factors of every length would not fit the registers.
-            tl.debug_barrier()
-            again = tl.exp(load_log_decay(g, dt_bias, rate, bound, rows, valid, head, HV, c, K, GATE, HAS_BIAS))
-            g_e, g_more, f_erase, f_key, f_total = pair_gradients(e_row, k_row, again, dl_at, PRE, C, B, WIDE)
-        tl.debug_barrier()
-        g_e += f_erase * erase_factor_gradient(states, d_z, pid, c, K, V, BV, B, C, WIDE)
-        g_k += g_more
-        d_decay -= k_row * g_more
-    erased = e_row * g_e
-    d_decay = tl.cumsum(d_decay + erased, 0, reverse=True) + last[None, :]
-    if PRE:
-        d_decay -= erased
     part = (block * tokens.to(tl.int64) + rows) * HV + head
+    erased = tl.zeros([C, B], tl.float32)
+    if ERASE == GIVEN:
+        g_e += f_erase * d_e_factor
+        erased = load_rows(e, rows, valid, erase_head, HE, c, K) * g_e
+        save(d_e + at, g_e, out)
+    elif ERASE != NOTHING:
+        g_e += f_erase * d_e_factor
+        read = k_row * g_e
+        erased = strength[:, None] * read
+        tl.store(d_strength + tokens.to(tl.int64) * HV + part, tl.sum(read, 1), mask=valid)
+        g_k += strength[:, None] * g_e
+    save(d_k + at, g_k, out)
     if SCALAR:
-        tl.store(d_decay_parts + part, tl.sum(tl.where(out, d_decay, 0.0), 1), mask=valid)
+        through_rows = tl.cumsum(tl.sum(d_decay + erased, 1), 0, reverse=True) + tl.sum(last, 0)
+        if PRE:
+            through_rows -= tl.sum(erased, 1)
+        tl.store(d_decay_parts + part, through_rows, mask=valid)
     else:
-        d_decay = tl.where(a < forgotten(WIDE), 0.0, d_decay)
+        d_decay = tl.cumsum(d_decay + erased, 0, reverse=True) + last[None, :]
+        if PRE:
+            d_decay -= erased
+        u = gate_input(g, dt_bias, rows, valid, head, HV, c, K, HAS_BIAS)
+        gone = tl.exp(log_decay(u, rate, bound, GATE)) < forgotten(WIDE)
+        d_decay = tl.where(gone, 0.0, d_decay)
         if GATE == 0:
             save(d_g + at, d_decay, out)
         else:
-            u = gate_input(g, dt_bias, rows, valid, head, HV, c, K, HAS_BIAS)
             d_u, d_rate_row = gate_gradients(u, rate, bound, d_decay, out, GATE)
             save(d_g + at, d_u, out)
             tl.store(d_rate + pid * BLOCKS + block, tl.sum(tl.sum(d_rate_row, 1), 0))
             tl.store(d_bias + pid * KP + c, tl.sum(d_u, 0))
-    if ERASE == GIVEN:
-        save(d_e + at, g_e, out)
-    elif ERASE != NOTHING:
-        tl.store(d_strength + tokens.to(tl.int64) * HV + part, tl.sum(k_row * g_e, 1), mask=valid)
-        g_k += strength[:, None] * g_e
-    save(d_k + at, g_k, out)
 
 
 @triton.jit(do_not_specialize=["count"])

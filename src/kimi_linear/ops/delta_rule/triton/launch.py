@@ -298,7 +298,7 @@ def _launch_scores(
         *(d_value, *squares, parts.beta, x.beta_scale, c.sequences, run.H, run.HV),
         **run.sizes(),
         V=run.V,
-        BV=t.value_block,
+        BV=t.score_block,
         **{name: flags[name] for name in ("NORM", "BETA", "ERASE", "WIDE")},
         num_warps=t.gradient_warps,
         num_stages=2,
@@ -322,6 +322,8 @@ def _launch_collect(
         **x.flags,
         num_warps=t.gradient_warps,
         num_stages=1,
+        # Left alone, the assembler spills a register or two to fit one more program in.
+        maxnreg=255,
     )
 
 

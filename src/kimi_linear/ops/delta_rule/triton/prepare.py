@@ -4,14 +4,11 @@ import triton
 import triton.language as tl
 
 from kimi_linear.ops.delta_rule.triton.device import (
-    LEAF,
-    carry,
-    first_and_second,
-    from_diagonal_blocks,
-    join_scores,
-    join_scores_in_leaf,
+    in_pair,
+    join,
+    levels,
     log_decay,
-    pair_mask,
+    pair_of_row,
     unit_lower_inverse,
 )
 from kimi_linear.ops.triton.device import dot, save
@@ -92,25 +89,27 @@ def reciprocal_norms(x, rows, valid, head, heads, K: tl.constexpr, KP: tl.conste
 
 @triton.jit
 def decay_matrices(g, rows, valid, head, HV, C: tl.constexpr, PRE: tl.constexpr):
-    """Return, of a decay a head: exp(G_i - G_j), exp(G'_i - G_j), i > j; exp(G), exp(G'), exp(G_C - G), exp(G_C).
+    """Return, of a decay a head: exp(G_i - G_j), exp(G'_i - G_j), i > j; exp(G), exp(G'), exp(G_C - G), [C, 1] each.
 
     Built by joining blocks, as the scores of a decay a channel are: no difference of sums is formed.
     """
-    a = tl.exp(tl.load(g + rows * HV + head, mask=valid, other=0.0).to(tl.float32))[:, None]
-    query, key, total = a, tl.full([C, 1], 1.0, tl.float32), a
-    erase = a
-    if PRE:
-        erase = key
+    # Vectors: as columns, they would lay out the matrices badly.
+    row = tl.exp(tl.load(g + rows * HV + head, mask=valid, other=0.0).to(tl.float32))
+    erase, key = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
     post, pre = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    for level in tl.static_range(0, 6):
-        if (1 << level) < C:
-            mask, flat = pair_mask(1 << level, C), tl.reshape(key, [1, C])
-            post += tl.where(mask, query * flat, 0.0)
-            pre += tl.where(mask, erase * flat, 0.0)
-            one, two = first_and_second(total, C // (2 << level), 1)
-            query, erase = carry(query, one, 1, C, 1 << level, 1), carry(erase, one, 1, C, 1 << level, 1)
-            key, total = carry(key, two, 0, C, 1 << level, 1), one * two
-    return post, pre, query, erase, key, total
+    for level in tl.range(levels(C), num_stages=1):
+        mask = in_pair(level, C, False)
+        post += tl.where(mask, row[:, None] * key[None, :], 0.0)
+        second, last = pair_of_row(level, C)
+        other = tl.gather(row, last, 0)
+        if PRE:
+            pre += tl.where(mask, erase[:, None] * key[None, :], 0.0)
+            erase *= tl.where(second, other, 1.0)
+        row *= tl.where(second, other, 1.0)
+        key *= tl.where(second, 1.0, other)
+    if not PRE:
+        pre, erase = post, row
+    return post, pre, row[:, None], erase[:, None], key[:, None]
 
 
 @triton.jit(do_not_specialize=["bound", "beta_scale", "scale", "N", "H", "HV", "HE"])
@@ -143,11 +142,9 @@ def prepare_kernel(
         strength = write_strength(beta, rows, valid, head, HV, beta_scale, BETA)
     rate = head_rate(A_log, head, HAS_RATE)
     p, lower = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-    p_leaf = tl.zeros([C // LEAF, LEAF, LEAF], tl.float32)
-    lower_leaf = tl.zeros([C // LEAF, LEAF, LEAF], tl.float32)
     diagonal = tl.zeros([C], tl.float32)
     if SCALAR:
-        post, pre, f_query, f_erase, f_key, f_total = decay_matrices(g, rows, valid, head, HV, C, PRE)
+        post, pre, f_row, f_erase, f_key = decay_matrices(g, rows, valid, head, HV, C, PRE)
     i = tl.arange(0, C)
     for block in range(KP // B):
         c = block * B + tl.arange(0, B)
@@ -162,39 +159,29 @@ def prepare_kernel(
             p += dot(q_row, tl.trans(k_row), WIDE)
             if ERASE != NOTHING:
                 lower += dot(e_row, tl.trans(k_row), WIDE)
-            q_row, e_row, k_row = q_row * f_query, e_row * f_erase, k_row * f_key
-            tl.store(total + pid * KP + c, tl.sum(f_total, 0) + tl.zeros([B], tl.float32))
+            q_row, e_row, k_row = q_row * f_row, e_row * f_erase, k_row * f_key
+            whole = f_row + tl.zeros([C, B], tl.float32)
         else:
-            a = tl.exp(load_log_decay(g, dt_bias, rate, bound, rows, valid, head, HV, c, K, GATE, HAS_BIAS))
-            all_of_block = a
-            q_row = q_row * a
+            whole = tl.exp(load_log_decay(g, dt_bias, rate, bound, rows, valid, head, HV, c, K, GATE, HAS_BIAS))
+            q_row = q_row * whole
             if not PRE:
-                e_row = e_row * a
-            for level in tl.static_range(0, 6):
-                if (1 << level) < C:
-                    if (1 << level) < LEAF:
-                        p_leaf += join_scores_in_leaf(q_row, k_row, 1 << level, C, B, WIDE)
-                        if ERASE != NOTHING:
-                            lower_leaf += join_scores_in_leaf(e_row, k_row, 1 << level, C, B, WIDE)
-                    else:
-                        p += join_scores(q_row, k_row, 1 << level, C, B, WIDE)
-                        if ERASE != NOTHING:
-                            lower += join_scores(e_row, k_row, 1 << level, C, B, WIDE)
-                    one, two = first_and_second(all_of_block, C // (2 << level), B)
-                    q_row, e_row = carry(q_row, one, 1, C, 1 << level, B), carry(e_row, one, 1, C, 1 << level, B)
-                    k_row, all_of_block = carry(k_row, two, 0, C, 1 << level, B), one * two
-            tl.store(total + pid * KP + c, tl.reshape(all_of_block, [B]))
+                e_row = e_row * whole
+            for level in tl.range(levels(C), num_stages=1):
+                keys = tl.trans(k_row)
+                p += tl.where(in_pair(level, C, False), dot(q_row, keys, WIDE), 0.0)
+                if ERASE != NOTHING:
+                    lower += tl.where(in_pair(level, C, False), dot(e_row, keys, WIDE), 0.0)
+                whole, to_start, to_end = join(whole, level, C, B)
+                q_row, e_row, k_row = q_row * to_start, e_row * to_start, k_row * to_end
+        tl.store(total + pid * KP + c, tl.sum(tl.where((i == C - 1)[:, None], whole, 0.0), 0))
         save(qd + at, q_row, None)
         save(kd + at, k_row, None)
         if ERASE != NOTHING:
             save(ed + at, e_row, None)
     if SCALAR:
         p, lower = p * post, lower * pre
-    else:
-        p += from_diagonal_blocks(p_leaf, C)
-        lower += from_diagonal_blocks(lower_leaf, C)
     p += tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0)
     square = pid * C * C + i[:, None] * C + i[None, :]
     save(scores + square, p, None)
     if ERASE != NOTHING:
-        save(inverse + square, unit_lower_inverse(lower, C, WIDE), None)
+        save(inverse + square, unit_lower_inverse(lower, C), None)

@@ -20,6 +20,23 @@ def load_transposed(x, base, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def read(
+    x, base, state, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr
+):
+    """Return the product of the matrix [ROWS, COLUMNS] at `base` of a workspace and a state [COLUMNS, BV].
+
+    PARTS sums over as many parts of the columns side by side, one a warp, and adds them up: with few rows every warp
+    would else hold the whole matrix in registers.
+    """
+    if PARTS == 1:
+        return dot(load_tile(x, base, ROWS, COLUMNS), state, WIDE)
+    LENGTH: tl.constexpr = COLUMNS // PARTS
+    part, i, c = tl.arange(0, PARTS)[:, None, None], tl.arange(0, ROWS)[None, :, None], tl.arange(0, LENGTH)
+    tile = tl.load(x + base + i * COLUMNS + part * LENGTH + c[None, None, :])
+    return tl.sum(dot(tile, tl.reshape(state, [PARTS, LENGTH, BV]), WIDE), 0)
+
+
+@triton.jit
 def load_values(x, rows, valid, head, HV, v, V: tl.constexpr):
     """Return channels v of one head of x [tokens, HV, V] as float32, zero outside."""
     at = (rows[:, None] * HV + head) * V + v[None, :]
@@ -43,8 +60,9 @@ def forward_kernel(
     * HV * N, value blocks innermost.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    PARTS: tl.constexpr = KP // 32 if C < 64 and KP > 64 else 1
     pid = tl.program_id(0).to(tl.int64)
-    v = (pid % BLOCKS) * BV + tl.arange(0, BV)
+    v = (pid % BLOCKS).to(tl.int32) * BV + tl.arange(0, BV)
     row = pid // BLOCKS
     sequence, head = row // HV, row % HV
     i, c = tl.arange(0, C), tl.arange(0, KP)
@@ -69,13 +87,13 @@ def forward_kernel(
         if BETA != 0:
             x *= write_strength(beta, rows, valid, head, HV, beta_scale, BETA)[:, None]
         if ERASE != NOTHING:
-            x -= dot(load_tile(ed, base * C * KP, C, KP), state, WIDE)
+            x -= read(ed, base * C * KP, state, C, KP, BV, PARTS, WIDE)
             x = dot(load_tile(inverse, base * C * C, C, C), x, WIDE)
         if KEEP:
             at = (base * C + i[:, None]) * V + v[None, :]
             save(written + at, x, (v < V)[None, :])
         if OUTPUT:
-            y = dot(load_tile(qd, base * C * KP, C, KP), state, WIDE)
+            y = read(qd, base * C * KP, state, C, KP, BV, PARTS, WIDE)
             y += dot(load_tile(scores, base * C * C, C, C), x, WIDE)
             at = (rows[:, None] * HV + head) * V + v[None, :]
             save(o + at, y, valid[:, None] & (v < V)[None, :])
@@ -100,8 +118,9 @@ def reverse_kernel(
     initial states. Grid as the forward's.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    PARTS: tl.constexpr = KP // 32 if C < 64 and KP > 64 else 1
     pid = tl.program_id(0).to(tl.int64)
-    v = (pid % BLOCKS) * BV + tl.arange(0, BV)
+    v = (pid % BLOCKS).to(tl.int32) * BV + tl.arange(0, BV)
     row = pid // BLOCKS
     sequence, head = row // HV, row % HV
     i, c = tl.arange(0, C), tl.arange(0, KP)
@@ -122,7 +141,7 @@ def reverse_kernel(
             save(d_states + base * K * V + cell, d_state, inside)
         d_y = load_values(d_o, rows, valid, head, HV, v, V)
         d_x = dot(load_transposed(scores, base * C * C, C, C), d_y, WIDE)
-        d_x += dot(load_tile(kd, base * C * KP, C, KP), d_state, WIDE)
+        d_x += read(kd, base * C * KP, d_state, C, KP, BV, PARTS, WIDE)
         d_state *= tl.load(total + base * KP + c)[:, None]
         d_state += dot(load_transposed(qd, base * C * KP, C, KP), d_y, WIDE)
         if ERASE != NOTHING:
