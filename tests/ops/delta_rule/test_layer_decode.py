@@ -405,3 +405,17 @@ def test_the_kernel_compiles_for_a_gpu_without_a_spill() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["layer_token_kernel 0"]
+
+
+def test_a_hook_on_the_norm_of_a_layer_fires_in_decoding_too() -> None:
+    """Then the layer runs its parts, with the same bits."""
+    from kimi_linear.nn.mixers import KDAConfig
+    from kimi_linear.nn.mixers.kda.layer import KimiDeltaAttention
+
+    layer = KimiDeltaAttention(KDAConfig(num_heads=2, head_dim=8), hidden_size=16).eval()
+    x, seen = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(0)), []
+    with torch.no_grad():
+        expected = layer(x, layer.new_state(1, device=x.device, dtype=x.dtype))
+        layer.o_norm.register_forward_hook(lambda *_: seen.append(True))
+        assert torch.equal(layer(x, layer.new_state(1, device=x.device, dtype=x.dtype)), expected)
+    assert seen == [True]

@@ -101,6 +101,16 @@ class DeltaMixer(Mixer, SelfInitialised):
         """Norm every head of o [..., HV, V] and gate it."""
         return self.o_norm(o, self.output_gate(x).unflatten(-1, o.shape[-2:]), self.gate_activation)
 
+    def convolve_token(
+        self, q: Tensor, k: Tensor, v: Tensor, state: DeltaState, slots: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolve one token a row and move the histories on, in place."""
+        return (
+            self.q_conv1d.decode(q.flatten(1), state.conv_q, slots).view_as(q),
+            self.k_conv1d.decode(k.flatten(1), state.conv_k, slots).view_as(k),
+            self.v_conv1d.decode(v.flatten(1), state.conv_v, slots).view_as(v),
+        )
+
     def _decode(self, x: Tensor, state: DeltaState) -> Tensor:
         """Return the output [N, D] of one token a row, x [N, D]; the state is updated in place."""
         slots = torch.arange(x.shape[0], device=x.device)

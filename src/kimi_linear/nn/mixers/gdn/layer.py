@@ -60,9 +60,7 @@ class GatedDeltaNet(DeltaMixer):
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
         """Advance one token a row, in place; see `DeltaMixer.decode`."""
-        q = self.q_conv1d.decode(q.flatten(1), state.conv_q, slots).view_as(q)
-        k = self.k_conv1d.decode(k.flatten(1), state.conv_k, slots).view_as(k)
-        v = self.v_conv1d.decode(v.flatten(1), state.conv_v, slots).view_as(v)
+        q, k, v = self.convolve_token(q, k, v, state, slots)
         log_decay, beta = self._gates(x)
         o = gated_delta_rule_decode(l2_norm(q), l2_norm(k), v, log_decay, beta, state.recurrent, slots)
         return self.gated_norm(o, x)

@@ -9,8 +9,10 @@ from kimi_linear.nn.init import DEFAULT_STD, init_log_uniform, init_time_step_bi
 from kimi_linear.nn.mixers.base import linear
 from kimi_linear.nn.mixers.delta.layer import DeltaMixer
 from kimi_linear.nn.mixers.kda.config import KDAConfig
+from kimi_linear.nn.norm import RMSNorm
+from kimi_linear.nn.short_conv import ShortConvolution
 from kimi_linear.nn.state import DeltaState, KDAState
-from kimi_linear.ops.delta_rule import KDAPools, KDAWeights, kda_core, kda_layer_decode
+from kimi_linear.ops.delta_rule import KDAPools, KDAWeights, kda_core, kda_core_decode, kda_layer_decode
 
 
 class KimiDeltaAttention(DeltaMixer):
@@ -66,6 +68,10 @@ class KimiDeltaAttention(DeltaMixer):
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
         """Advance one token a row, in place; see `DeltaMixer.decode`."""
+        if not self._reads_own_parameters():
+            q, k, v = self.convolve_token(q, k, v, state, slots)
+            inputs = (q, k, v, self._gate(x), self.b_proj(x), self.A_log, self.dt_bias, state.recurrent, slots)
+            return self.gated_norm(kda_core_decode(*inputs, lower_bound=self.config.gate_lower_bound), x)
         taps = (self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight)
         return kda_layer_decode(
             q,
@@ -81,6 +87,13 @@ class KimiDeltaAttention(DeltaMixer):
             activation=self.gate_activation,
             lower_bound=self.config.gate_lower_bound,
         )
+
+    def _reads_own_parameters(self) -> bool:
+        """Return whether the one operator may stand for the layer's parts: no adapter wraps them, no hook watches."""
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        if type(self.o_norm) is not RMSNorm or any(type(part) is not ShortConvolution for part in convolutions):
+            return False
+        return not (self.o_norm._forward_hooks or self.o_norm._forward_pre_hooks)
 
     def output_gate(self, x: Tensor) -> Tensor:
         """Return the logits of the output gate, [..., HV V]."""
