@@ -32,10 +32,9 @@ class Tiles:
 def tiles(inputs: Inputs, T: int, sequences: int, packed: bool) -> Tiles:
     """Return the tiles for a call, from a fixed table: nothing is tried out at the first call.
 
-    All compile for sm_90 without a spilled register (benchmarks/results/compiled/sm_90.md). Half precision takes chunks
-    of up to 64; float32, and more than 128 channels, less. Few heads get narrow blocks of values, so that more programs
-    run side by side; that changes no result's bits, as only what a sequence does not share with others may depend on
-    others.
+    All compile for sm_90 without a spilled register (scripts/compile_gpu.py). Half precision takes chunks of up to 64;
+    float32, and more than 128 channels, less. Few heads get narrow blocks of values, so that more programs run side by
+    side; that changes no result's bits, as only what a sequence does not share with others may depend on others.
     """
     K, V = padded(inputs.q.shape[2]), padded(inputs.value.shape[2])
     wide, large = inputs.value.dtype == torch.float32, max(K, V) > 128
